@@ -1,0 +1,98 @@
+"""What `MODEL` on the command line means: `package.module:callable` (with weights) or a saved `.pt2`.
+
+Weights are read from safetensors or from a `.pt` holding tensors only; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.export import ExportedProgram
+
+from offramp.runtime.errors import ModelError, UsageError
+
+
+def load_model(spec: str, weights: Path | None = None) -> nn.Module | ExportedProgram:
+    """`package.module:callable` or `FILE.pt2` -> the model, weights loaded, in evaluation mode.
+
+    Raises `UsageError` when the spec names nothing, `ModelError` when the file or the weights do not fit.
+    """
+    if spec.endswith(".pt2"):
+        if weights is not None:
+            raise UsageError(f"{spec} brings its own weights; leave --weights out")
+        return _load_pt2(Path(spec))
+    model = _call(spec)
+    if weights is not None:
+        load_weights(model, weights)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Read a state dict and put it into the model; every name and shape must fit."""
+    state = _read_state(path)
+    try:
+        problems = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+        raise ModelError(f"weights {path} do not fit {type(model).__name__}: {lines[0] if lines else error}") from error
+    wrong = [f"no {name}" for name in problems.missing_keys] + [f"unknown {n}" for n in problems.unexpected_keys]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ModelError(
+            f"weights {path} do not fit {type(model).__name__}: {', '.join(wrong[:3])}{more}; "
+            "give the weights of this very architecture"
+        )
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise UsageError(f"weights {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            state: dict[str, torch.Tensor] = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ModelError(f"weights {path}: not readable ({reason}); save tensors only, best as safetensors") from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ModelError(f"weights {path}: hold something else than tensors by name; save model.state_dict()")
+    return state
+
+
+def _load_pt2(path: Path) -> ExportedProgram:
+    if not path.is_file():
+        raise UsageError(f"model {path}: no such file")
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # noqa: BLE001  a damaged archive fails anywhere in torch's reader
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ModelError(f"model {path}: not a readable .pt2 ({reason}); save it with torch.export.save") from error
+
+
+def _call(spec: str) -> nn.Module:
+    module_name, _, attribute = spec.partition(":")
+    if not attribute:
+        raise UsageError(f"model {spec!r} is neither package.module:callable nor a .pt2 file")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise UsageError(f"model {spec}: cannot import {module_name} ({error}); run where it can be imported") from error
+    except AttributeError as error:
+        raise UsageError(f"model {spec}: {module_name} has no {attribute}") from error
+    try:
+        model = found if isinstance(found, nn.Module) else found()
+    except Exception as error:  # noqa: BLE001  the user's code may raise anything
+        raise ModelError(f"model {spec} cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model {spec} gives {type(model).__name__}, not a torch.nn.Module")
+    return model

@@ -1,0 +1,94 @@
+"""The backbone: a trained classifier as one functional torch.fx graph.
+
+Placeholders are the model's inputs by name, parameters and buffers are `get_attr` nodes under their own
+names, every node carries its fake value in `meta["val"]` and, where torch.export knew it, the module it came
+from in `meta["nn_module_stack"]`. The one output is the score tensor `[B, K]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+SCORES = ("logits", "probabilities", "log_probabilities")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One model input. Dimension 0 of `shape` is the batch; a string names a dimension that may vary."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A captured classifier, in evaluation mode, that maps inputs to scores `[B, K]`."""
+
+    name: str
+    graph_module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    batch_symbol: str  # the name of dimension 0's size in every fake value
+    classes: int  # K
+    scores: str  # one of SCORES
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def score_node(self) -> fx.Node:
+        """The node whose value is the score tensor."""
+        output = next(iter(reversed(self.graph.nodes)))
+        node = output.args[0]
+        assert isinstance(node, fx.Node)
+        return node
+
+    def parameters(self) -> int:
+        """Number of scalar parameters."""
+        return sum(p.numel() for p in self.graph_module.parameters())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the graph's text and every weight: two backbones with the same one are the same."""
+        digest = hashlib.sha256(str(self.graph).encode())
+        for name, tensor in sorted(self.graph_module.state_dict().items()):
+            array = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
+            digest.update(array.view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def probabilities(scores: torch.Tensor, kind: str, temperature: float) -> torch.Tensor:
+    """Scores `[B, K]` of any kind -> probabilities `[B, K]`, softened by `temperature`.
+
+    Probabilities and log-probabilities are logits up to a constant per row, so one formula serves all.
+    """
+    if kind == "probabilities":
+        scores = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+    return torch.softmax(scores / temperature, dim=1)
+
+
+def tensor_values(value: Any) -> list[torch.Tensor]:
+    """The tensors in a node's `meta["val"]`: one, those of a tuple, or none (sizes, None)."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [item for item in value if isinstance(item, torch.Tensor)]
+    return []
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether the node's value is a size (or another scalar), not data."""
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the innermost module the node came from; the node's own name if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if path]
+    return str(paths[-1]) if paths else node.name

@@ -1,0 +1,250 @@
+"""Candidates: the cuts where an exit is worth considering, and a reason for every node that is not.
+
+A filter is a function `(node, context) -> reason or None`; the first that refuses a node gives its reason.
+The rules, in the order they are asked:
+
+1. single dominator   no path to the output goes round the node (else: which node bypasses it)
+2. one tensor         a tuple is not a value a head can read
+3. batch first        dimension 0 is exactly the batch symbol, the value is floating point of rank 2 to 4
+4. inference          dropout and batch norm only rescale what stands before them
+5. component          the value leaves a first-level component of the model (paper, 3.1), where components
+                      are known; containers, and modules that are little more than a chain of equal
+                      modules, are looked into
+6. side inputs        what must travel with the rows can be compacted and stays within the byte bound
+7. enough left        the compute behind it is worth skipping
+8. not a duplicate    no compute lies between it and a neighbour that is cheaper to carry or read
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from .backbone import Backbone, module_path
+from .cuts import Cut, ValueGraph, analyse, row_bytes
+
+_CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place where an exit may go."""
+
+    name: str  # of the node in the backbone's graph
+    place: str  # module path
+    shape: tuple[int | str, ...]  # of the cut, dimension 0 is "batch"
+    side_inputs: tuple[str, ...]
+    side_bytes: int  # per row
+    flops_before: float  # per row, spent when the cut is known
+    flops_after: float  # per row, saved by leaving here
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that is not a candidate, and why."""
+
+    name: str
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Every node considered, in graph order."""
+
+    kept: tuple[Candidate, ...]
+    refused: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds the filters use."""
+
+    least_left: float = 0.05  # share of the backbone's FLOPs that must remain behind a candidate
+    side_bytes: int = 4 << 20  # per row
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a filter may look at."""
+
+    values: ValueGraph
+    limits: Limits
+    cuts: dict[fx.Node, Cut] = field(repr=False)
+
+    @cached_property
+    def dominators(self) -> frozenset[fx.Node]:
+        return frozenset(self.values.dominators)
+
+    @cached_property
+    def components(self) -> frozenset[str]:
+        """Module paths whose outputs count as boundaries; empty when the model has no modules."""
+        return frozenset(first_level_components(self.values))
+
+
+Filter = Callable[[fx.Node, Context], str | None]
+
+
+def single_dominator(node: fx.Node, context: Context) -> str | None:
+    if node in context.dominators:
+        return None
+    around, joins = context.values.bypass(node)
+    return f"not a single dominator: {around.name if around else 'an input'} goes round it to {joins.name}"
+
+
+def one_tensor(node: fx.Node, context: Context) -> str | None:
+    return None if isinstance(node.meta.get("val"), torch.Tensor) else "holds several tensors; a head reads one"
+
+
+def batch_first(node: fx.Node, context: Context) -> str | None:
+    value: torch.Tensor = node.meta["val"]
+    if not context.values.is_compactable(node):
+        first = str(value.shape[0]) if value.dim() else "nothing"
+        return f"dimension 0 is {first}, not the batch: rows cannot be dropped here"
+    if not value.dtype.is_floating_point:
+        return f"holds {value.dtype}, not floating point"
+    if not 2 <= value.dim() <= 4:
+        return f"rank {value.dim()}: heads read [B, D], [B, T, D] or [B, C, H, W]"
+    return None
+
+
+def changes_at_inference(node: fx.Node, context: Context) -> str | None:
+    origin = node.args[0] if node.target.__class__.__name__ == "builtin_function_or_method" else node
+    name = str(getattr(origin, "target", ""))
+    if "batch_norm" in name:
+        return "batch norm: only rescales its input at inference"
+    if "dropout" in name:
+        return "dropout: disabled at inference"
+    return None
+
+
+def leaves_component(node: fx.Node, context: Context) -> str | None:
+    if not context.components:
+        return None
+    own = [path for path in _stack(node) if path in context.components]
+    if not own or any(path not in _stack(user) for path in own for user in node.users):
+        return None
+    return f"inside {own[-1]}: not at the boundary of a first-level component"
+
+
+def side_inputs(node: fx.Node, context: Context) -> str | None:
+    cut = context.cuts[node] = context.values.cut(node)
+    if cut.stuck:
+        return f"{cut.stuck[0].name} is read behind it and its dimension 0 is not the batch"
+    if cut.side_bytes > context.limits.side_bytes:
+        names = ", ".join(n.name for n in cut.side_inputs)
+        return f"side inputs {names} take {cut.side_bytes:,} bytes a row, over the bound of {context.limits.side_bytes:,}"
+    return None
+
+
+def enough_left(node: fx.Node, context: Context) -> str | None:
+    total = context.values.total_flops()
+    left = 1 - context.values.flops_until(node) / total if total else 0.0
+    if left < context.limits.least_left:
+        return f"only {left:.1%} of the compute is left behind it"
+    return None
+
+
+FILTERS: tuple[Filter, ...] = (
+    single_dominator,
+    one_tensor,
+    batch_first,
+    changes_at_inference,
+    leaves_component,
+    side_inputs,
+    enough_left,
+)
+
+
+def find_candidates(
+    backbone: Backbone, *, filters: Sequence[Filter] = FILTERS, limits: Limits | None = None
+) -> Candidates:
+    """`Backbone` (normalised) -> every node considered, kept or refused with a reason."""
+    values = analyse(backbone)
+    context = Context(values, limits or Limits(), {})
+    kept: list[fx.Node] = []
+    reasons: dict[fx.Node, str] = {}
+    considered = [n for n in backbone.graph.nodes if n in values.graph and n.op == "call_function"]
+    for node in considered:
+        reason = next((r for f in filters if (r := f(node, context)) is not None), None)
+        if reason is None:
+            kept.append(node)
+        else:
+            reasons[node] = reason
+    for node, better in _duplicates(kept, values):
+        kept.remove(node)
+        reasons[node] = f"duplicate of its neighbour {better.name}: no compute lies between them"
+    total = values.total_flops()
+    return Candidates(
+        kept=tuple(_candidate(n, context, total) for n in kept),
+        refused=tuple(Refusal(n.name, module_path(n), reasons[n]) for n in considered if n in reasons),
+    )
+
+
+def _candidate(node: fx.Node, context: Context, total: float) -> Candidate:
+    cut = context.cuts.get(node) or context.values.cut(node)
+    before = context.values.flops_until(node)
+    shape = ("batch", *(int(s) if isinstance(s, int) else str(s) for s in node.meta["val"].shape[1:]))
+    sides = tuple(n.name for n in cut.side_inputs)
+    return Candidate(node.name, module_path(node), shape, sides, cut.side_bytes, before, total - before)
+
+
+def _duplicates(kept: Sequence[fx.Node], values: ValueGraph) -> list[tuple[fx.Node, fx.Node]]:
+    """(refused, kept instead) within runs of candidates with no compute between them.
+
+    Of a run the one that is cheapest to carry stays; between equals a higher rank (a map says more than its
+    flattened copy), then the later one (after the activation).
+    """
+    runs: dict[float, list[fx.Node]] = defaultdict(list)
+    for node in kept:
+        runs[values.flops_until(node)].append(node)
+    duplicates = []
+    for run in runs.values():
+        best = min(run, key=lambda n: (row_bytes(n.meta["val"]), -n.meta["val"].dim(), -values.order[n]))
+        duplicates += [(n, best) for n in run if n is not best]
+    return duplicates
+
+
+def _stack(node: fx.Node) -> list[str]:
+    """Module paths around a node, outermost first, the root left out."""
+    return [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
+
+
+def first_level_components(values: ValueGraph) -> set[str]:
+    """Paths of the modules whose outputs count as component boundaries.
+
+    Starting from the model's children, a container, a module with more than half of the compute, and a
+    module almost all of whose compute lies in several children of one class are looked into, and their
+    children count as well.
+    """
+    compute: Counter[str] = Counter()
+    kinds: dict[str, str] = {}
+    children: dict[str, dict[str, None]] = defaultdict(dict)
+    for node in values.backbone.graph.nodes:
+        above = ""
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            if not path:
+                continue
+            kinds[path] = kind if isinstance(kind, str) else kind.__name__
+            compute[path] += values.flops.get(node.name, 0.0)
+            children[above][path] = None
+            above = path
+    total = values.total_flops()
+    components: set[str] = set()
+    todo = list(children[""])
+    while todo:
+        path = todo.pop()
+        components.add(path)
+        below = [c for c in children[path] if children[c] or kinds[path].endswith(_CONTAINERS)]
+        repeated = max(Counter(kinds[c] for c in below).values(), default=0) > 1
+        inside = sum(compute[c] for c in below)
+        chain = repeated and inside >= 0.9 * compute[path]
+        wrapper = bool(below) and total > 0 and compute[path] > total / 2
+        if kinds[path].endswith(_CONTAINERS) or chain or wrapper:
+            todo += list(children[path])
+    return components

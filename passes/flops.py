@@ -1,0 +1,70 @@
+"""Floating-point operations, per node and per row.
+
+Counted by torch's `FlopCounterMode` (a multiply and an add are two) on the meta device: on CPU the counter
+gives 0 for fused attention. Operations without a formula there (activations, norms, pooling) count 0, as in
+the papers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+_BATCH = 2
+
+
+class _NodeCounter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.counter = counter
+        self.flops: dict[str, float] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        value = super().run_node(n)
+        self.flops[n.name] = (self.counter.get_total_flops() - before) / _BATCH
+        return value
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return super().call_function(target, args, kwargs)
+
+
+def meta_like(value: torch.Tensor, batch_symbol: str, batch: int = _BATCH) -> torch.Tensor:
+    """A meta tensor shaped like a fake value: the batch symbol becomes `batch`, others their example size."""
+    shape = [
+        batch if str(size) == batch_symbol else int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+        for size in value.shape
+    ]
+    return torch.empty(shape, dtype=value.dtype, device="meta")
+
+
+def node_flops(module: fx.GraphModule, batch_symbol: str) -> dict[str, float]:
+    """FLOPs per row of every node, by node name, at the sizes the model was captured with."""
+    inputs = [
+        meta_like(node.meta["val"], batch_symbol) for node in module.graph.nodes if node.op == "placeholder"
+    ]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        interpreter = _NodeCounter(module, counter)
+        interpreter.run(*inputs)
+    return interpreter.flops
+
+
+def module_flops(module: nn.Module, *shapes: tuple[int, ...]) -> int:
+    """FLOPs per row of a module on float inputs of the given shapes, batch dimension left out."""
+    training = module.training
+    module.eval()
+    state = {name: tensor.to("meta") for name, tensor in module.state_dict(keep_vars=True).items()}
+    inputs = tuple(torch.empty((_BATCH, *shape), device="meta") for shape in shapes)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(module, state, inputs)
+    module.train(training)
+    return round(counter.get_total_flops() / _BATCH)

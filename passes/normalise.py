@@ -1,0 +1,103 @@
+"""Passes that bring a captured graph into the form the analyses read.
+
+1. `RemoveAssertions` drops run-time checks: they hold no value, and across a cut they would ask for one.
+2. `RemoveIdentities` drops nodes that return their input at inference (dropout, detach, alias, clone).
+
+Both are safe on a functional graph: no node writes to its input, so two names for one value are one value.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .backbone import Backbone
+from .contract import Pass, PassResult
+
+aten = torch.ops.aten
+
+IDENTITIES: frozenset[Any] = frozenset(
+    {
+        aten.detach.default,
+        aten.alias.default,
+        aten.clone.default,
+        aten.dropout.default,
+        aten.feature_dropout.default,
+        aten.alpha_dropout.default,
+        aten.lift_fresh_copy.default,
+    }
+)
+_TRAIN_ARGUMENT = {aten.dropout.default: 2, aten.feature_dropout.default: 2, aten.alpha_dropout.default: 2}
+
+
+def is_assertion(node: fx.Node) -> bool:
+    """A node that only checks something."""
+    name = getattr(node.target, "__name__", str(node.target))
+    return node.op == "call_function" and ("_assert" in name or name.startswith("sym_constrain_range"))
+
+
+def is_identity(node: fx.Node) -> bool:
+    """A node whose value at inference is its first argument."""
+    if node.op != "call_function" or node.target not in IDENTITIES:
+        return False
+    position = _TRAIN_ARGUMENT.get(node.target)
+    return position is None or len(node.args) <= position or not node.args[position]
+
+
+class RemoveAssertions(Pass[Backbone, Backbone]):
+    """Drops nodes that only check."""
+
+    def call(self, subject: Backbone) -> PassResult[Backbone]:
+        return _without(subject, is_assertion)
+
+    def ensures(self, subject: Backbone) -> list[str]:
+        return [f"{n.name} still checks" for n in subject.graph.nodes if is_assertion(n)]
+
+
+class RemoveIdentities(Pass[Backbone, Backbone]):
+    """Drops nodes that return their input; their users read the input instead."""
+
+    def call(self, subject: Backbone) -> PassResult[Backbone]:
+        return _without(subject, is_identity)
+
+    def ensures(self, subject: Backbone) -> list[str]:
+        return [f"{n.name} still returns its input" for n in subject.graph.nodes if is_identity(n)]
+
+
+NORMALISATION: tuple[Pass[Backbone, Backbone], ...] = (RemoveAssertions(), RemoveIdentities())
+
+
+def normalise(backbone: Backbone) -> Backbone:
+    """All passes of this file in a row."""
+    for step in NORMALISATION:
+        backbone = step(backbone).subject
+    return backbone
+
+
+def _without(backbone: Backbone, drop: Any) -> PassResult[Backbone]:
+    if not any(drop(node) for node in backbone.graph.nodes):
+        return PassResult(backbone, modified=False)
+    module = copy_graph_module(backbone.graph_module)
+    for node in reversed(list(module.graph.nodes)):
+        if drop(node):
+            if is_identity(node):
+                node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return PassResult(replace(backbone, graph_module=module), modified=True)
+
+
+def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A new graph over the same (shared) parameters."""
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, {})
+    graph.output(output)
+    for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
+        new.meta = copy.copy(old.meta)
+    return fx.GraphModule(module, graph)

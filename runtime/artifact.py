@@ -1,0 +1,242 @@
+"""The artifact on disk: written whole or not at all, and opened only when every byte is as it was written.
+
+An artifact is a directory, or the same zipped, that holds `manifest.json` and the files it lists.
+`write_artifact` builds it in a temporary sibling and moves that into place, so a reader sees the old artifact
+or the new one. `open_artifact` checks the manifest, then presence, size and SHA-256 of every listed file;
+`Artifact.read` checks again what it returns, so what was hashed is what gets executed.
+
+Refused when opening: a manifest that `parse_manifest` refuses, a listed file that is missing, truncated,
+altered, a symbolic link or not a regular file, a damaged or encrypted archive. Nothing reads or decompresses
+more than the size the manifest lists. Refused when writing: an output that exists and is not an artifact, or
+that holds a file no artifact put there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import ArtifactError, StorageError, UsageError
+from .manifest import MANIFEST_NAME, FileSpec, Manifest, dump_manifest, parse_manifest
+
+_MANIFEST_LIMIT = 64 << 20  # a manifest is kilobytes; this bounds what a hostile archive makes us hold
+_CHUNK = 1 << 20
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose files were all found as the manifest lists them."""
+
+    path: Path
+    manifest: Manifest
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one listed file, checked against the manifest in this very reading."""
+        spec = self.manifest.all_files().get(name)
+        if spec is None:
+            raise ArtifactError(f"{self.path}: the manifest lists no file {name!r}; use one of its files")
+        with _container(self.path) as container:
+            return b"".join(_checked(container, name, spec, self.path))
+
+
+def file_spec(data: bytes) -> FileSpec:
+    """What the manifest says of a file with these bytes."""
+    return FileSpec(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def open_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Check an artifact, directory or zip, from its manifest to its last byte."""
+    where = Path(path)
+    with _container(where) as container:
+        manifest = parse_manifest(container.manifest(), f"{where}/{MANIFEST_NAME}")
+        for name, spec in manifest.all_files().items():
+            for _ in _checked(container, name, spec, where):
+                pass
+    return Artifact(where, manifest)
+
+
+def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> None:
+    """Write a directory artifact at `out`, replacing an artifact that stands there once all is written."""
+    if {name: file_spec(data) for name, data in files.items()} != manifest.all_files():
+        raise ValueError("the manifest's files are not the files given")
+    target = Path(os.path.realpath(out))
+    token = secrets.token_hex(4)
+    draft = target.with_name(f".{target.name}.{token}.tmp")
+    retired = target.with_name(f".{target.name}.{token}.old")
+    try:
+        _check_replaceable(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_files(draft, {**files, MANIFEST_NAME: dump_manifest(manifest)})
+        replacing = target.exists()
+        if replacing:
+            target.rename(retired)
+        try:
+            draft.rename(target)
+        except OSError:
+            if replacing:
+                retired.rename(target)
+            raise
+    except OSError as error:
+        raise StorageError(
+            f"{out}: could not be written ({error.strerror or error}); "
+            "free space or choose another output; what stood there is untouched"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    folder.mkdir()
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace what no artifact put there: a mistyped `-o` must not cost a person's files.
+
+    Only the names are taken from the old manifest, however old or damaged it is.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(
+            f"{target}: exists and is not an artifact directory; choose another output or remove it"
+        )
+    present = {p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir()}
+    if not present:
+        return
+    strangers = sorted(present - _listed_names(target / MANIFEST_NAME))
+    if strangers:
+        raise UsageError(
+            f"{target}: holds {strangers[0]!r}, which no artifact put there; choose another output or remove it"
+        )
+
+
+def _listed_names(path: Path) -> set[str]:
+    try:
+        body = json.loads(path.read_bytes())
+        return {MANIFEST_NAME, *body["files"], *body["measured"]["files"]}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return set()
+
+
+class _Directory:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def manifest(self) -> bytes:
+        path = self.root / MANIFEST_NAME
+        if not path.exists():
+            raise ArtifactError(f"{self.root}: not an artifact (no {MANIFEST_NAME}); give what compile wrote")
+        return _bounded(path.open("rb"), path)
+
+    def size(self, name: str) -> int | None:
+        path = self.root
+        for part in name.split("/"):
+            path /= part
+            if path.is_symlink():
+                raise ArtifactError(
+                    f"{path}: is a symbolic link; copy the artifact again with the files themselves"
+                )
+        if not path.exists():
+            return None
+        entry = path.lstat()
+        # Opening a pipe would wait for ever.
+        if not stat.S_ISREG(entry.st_mode):
+            raise ArtifactError(f"{path}: is not a regular file; copy the artifact again")
+        return entry.st_size
+
+    def open(self, name: str) -> IO[bytes]:
+        return (self.root / name).open("rb")
+
+
+class _Archive:
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self.path = path
+        self.archive = archive
+        names = [n for n in archive.namelist() if n.split("/")[-1] == MANIFEST_NAME and n.count("/") <= 1]
+        roots = [n.removesuffix(MANIFEST_NAME) for n in sorted(names, key=len)]
+        if not roots or (roots[0] and len(roots) > 1):
+            found = f"{len(roots)} folders with a {MANIFEST_NAME}" if roots else f"no {MANIFEST_NAME}"
+            raise ArtifactError(f"{path}: not an artifact ({found}); zip the directory that compile wrote")
+        self.root = roots[0]
+
+    def manifest(self) -> bytes:
+        return _bounded(self.open(MANIFEST_NAME), self.path / MANIFEST_NAME)
+
+    def size(self, name: str) -> int | None:
+        try:
+            return self.archive.getinfo(self.root + name).file_size
+        except KeyError:
+            return None
+
+    def open(self, name: str) -> IO[bytes]:
+        return self.archive.open(self.root + name)
+
+
+@contextlib.contextmanager
+def _container(path: Path) -> Iterator[_Directory | _Archive]:
+    try:
+        if path.is_dir():
+            yield _Directory(path)
+        elif not path.exists():
+            raise ArtifactError(f"{path}: does not exist; give the directory or zip that compile wrote")
+        elif not zipfile.is_zipfile(path):
+            raise ArtifactError(f"{path}: neither a directory nor a zip archive; give what compile wrote")
+        else:
+            with zipfile.ZipFile(path) as archive:
+                yield _Archive(path, archive)
+    except _ARCHIVE_ERRORS as error:
+        raise ArtifactError(f"{path}: damaged archive ({error}); copy the artifact again") from error
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: cannot be read ({error.strerror or error}); check it and its rights"
+        ) from error
+
+
+def _bounded(file: IO[bytes], path: Path) -> bytes:
+    with file:
+        data = file.read(_MANIFEST_LIMIT + 1)
+    if len(data) > _MANIFEST_LIMIT:
+        raise ArtifactError(
+            f"{path}: larger than any manifest ({_MANIFEST_LIMIT} bytes); copy the artifact again"
+        )
+    return data
+
+
+def _checked(container: _Directory | _Archive, name: str, spec: FileSpec, where: Path) -> Iterator[bytes]:
+    """The file in chunks; the last one is followed by the verdict, so exhaust this before using any."""
+    size = container.size(name)
+    if size is None:
+        raise ArtifactError(f"{where}/{name}: missing; copy the artifact again")
+    if size != spec.size:
+        kind = "truncated" if size < spec.size else "too long"
+        raise ArtifactError(
+            f"{where}/{name}: {kind}, {size} bytes instead of {spec.size}; copy the artifact again"
+        )
+    digest: Any = hashlib.sha256()
+    left = spec.size
+    with container.open(name) as file:
+        while left > 0 and (chunk := file.read(min(left, _CHUNK))):
+            left -= len(chunk)
+            digest.update(chunk)
+            yield chunk
+    if digest.hexdigest() != spec.sha256:
+        raise ArtifactError(
+            f"{where}/{name}: altered since it was written (SHA-256 differs); copy the artifact again"
+        )

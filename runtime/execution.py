@@ -1,0 +1,166 @@
+"""Exits at work: rows of a batch to (rows, exit, probabilities, confidence), shallowest exit first.
+
+Two executors give the same answers. `Segments` runs one model per stage and compacts between them: rows that
+left are dropped from every value a later stage reads, so an answered row costs nothing more and can be handed
+over at once. `SingleFile` runs `model.onnx`, which compacts inside; it answers all rows together.
+
+A row leaves at the first exit with confidence >= threshold, both float32; an exit whose threshold is infinite
+never answers. Both executors are read-only after construction, so threads may share them.
+
+Refused at construction: a stage whose model does not read and give what the manifest says, a value no earlier
+stage gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from .engine import EngineSession
+from .errors import ArtifactError
+from .manifest import Manifest, StageSpec
+
+Arrays = dict[str, np.ndarray]
+PROBABILITIES = "probabilities"
+CONFIDENCE = "confidence"
+
+
+@dataclass(frozen=True)
+class ExitRows:
+    """Rows that leave together."""
+
+    exit: int
+    rows: np.ndarray | None  # [n] int64, indices into the batch; None: the whole batch
+    probabilities: np.ndarray  # [n, K] float32
+    confidence: np.ndarray  # [n] float32
+
+
+class Executor(Protocol):
+    """What a session asks of either form of the artifact. Batches are checked and hold at least one row."""
+
+    def answer(self, arrays: Arrays, thresholds: np.ndarray) -> Iterator[ExitRows]:
+        """Rows as they leave; a later exit is computed only when its rows are asked for."""
+
+    def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
+        """The whole batch from every exit in turn."""
+
+
+@dataclass(frozen=True)
+class _Stage:
+    session: EngineSession
+    inputs: tuple[str, ...]
+    carries: tuple[str, ...]
+    kept: list[str]  # outputs a later stage reads; the others are not even fetched
+    fetched: list[str]  # kept, then probabilities and confidence
+
+
+class Segments:
+    """One model per stage, compaction between them."""
+
+    def __init__(self, manifest: Manifest, sessions: Sequence[EngineSession]) -> None:
+        known = {spec.name for spec in manifest.inputs}
+        self._stages = []
+        for spec, session in zip(manifest.stages, sessions, strict=True):
+            known = _check_stage(spec, session, known)
+            kept = [name for name in spec.outputs if name in spec.carries]
+            stage = _Stage(session, session.inputs, spec.carries, kept, [*kept, PROBABILITIES, CONFIDENCE])
+            self._stages.append(stage)
+
+    def answer(self, arrays: Arrays, thresholds: np.ndarray) -> Iterator[ExitRows]:
+        live = arrays
+        rows: np.ndarray | None = None
+        last = len(self._stages) - 1
+        for index, stage in enumerate(self._stages):
+            feed = {name: live[name] for name in stage.inputs}
+            if index < last and thresholds[index] == np.inf:
+                values = stage.session.run(stage.kept, feed) if stage.kept else []
+                live = _carry(stage, live, values)
+                continue
+            values = stage.session.run(stage.fetched, feed)
+            confidence, probabilities = values.pop(), values.pop()
+            if index == last:
+                yield ExitRows(index, rows, probabilities, confidence)
+                return
+            leaves = confidence >= thresholds[index]
+            count = np.count_nonzero(leaves)
+            if count == leaves.size:
+                yield ExitRows(index, rows, probabilities, confidence)
+                return
+            live = _carry(stage, live, values)
+            if count:
+                gone, stays = np.flatnonzero(leaves), np.flatnonzero(~leaves)
+                left = gone if rows is None else rows[gone]
+                yield ExitRows(index, left, probabilities[gone], confidence[gone])
+                live = {name: value.take(stays, axis=0) for name, value in live.items()}
+                rows = stays if rows is None else rows[stays]
+
+    def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
+        live = arrays
+        for index, stage in enumerate(self._stages):
+            values = stage.session.run(stage.fetched, {name: live[name] for name in stage.inputs})
+            confidence, probabilities = values.pop(), values.pop()
+            yield ExitRows(index, None, probabilities, confidence)
+            live = _carry(stage, live, values)
+
+
+class SingleFile:
+    """`model.onnx`: the same program in one graph, thresholds as one of its inputs."""
+
+    def __init__(self, manifest: Manifest, session: EngineSession) -> None:
+        if manifest.confidence != "max_probability":
+            raise ArtifactError(
+                f"{session.name}: gives no confidence {manifest.confidence!r} per row; "
+                "load the artifact with executor='segments'"
+            )
+        self._exits = len(manifest.exits)
+        names = {spec.name for spec in manifest.inputs}
+        # With nothing but the backbone there is no threshold, and the file need not have the input.
+        self._threshold_feed = self._exits > 1
+        wanted = names | ({"thresholds"} if self._threshold_feed else set())
+        missing = wanted - {*session.inputs, *session.overridable}
+        missing |= {PROBABILITIES, "exit"} - {*session.outputs}
+        if missing:
+            raise ArtifactError(f"{session.name}: has no {sorted(missing)[0]!r}; compile the model again")
+        self._session = session
+
+    def answer(self, arrays: Arrays, thresholds: np.ndarray) -> Iterator[ExitRows]:
+        feed = {**arrays, "thresholds": thresholds} if self._threshold_feed else arrays
+        probabilities, exits = self._session.run([PROBABILITIES, "exit"], feed)
+        confidence = probabilities.max(axis=1)
+        for index in range(self._exits):
+            rows = np.flatnonzero(exits == index)
+            if rows.size == exits.size:
+                yield ExitRows(index, None, probabilities, confidence)
+            elif rows.size:
+                yield ExitRows(index, rows, probabilities[rows], confidence[rows])
+
+    def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
+        for index in range(self._exits):
+            thresholds = np.full(self._exits - 1, np.inf, np.float32)
+            thresholds[index : index + 1] = -np.inf
+            yield from self.answer(arrays, thresholds)
+
+
+def _carry(stage: _Stage, live: Arrays, values: Sequence[np.ndarray]) -> Arrays:
+    """Values a later stage still reads; the rest are forgotten here, and with them their memory."""
+    made = dict(zip(stage.kept, values, strict=True))
+    return {name: made[name] if name in made else live[name] for name in stage.carries}
+
+
+def _check_stage(spec: StageSpec, session: EngineSession, known: set[str]) -> set[str]:
+    """Check a stage against the manifest and the values known before it -> the values known after it."""
+    absent = {*spec.inputs} - known | {*spec.carries} - known - {*spec.outputs}
+    if absent:
+        raise ArtifactError(
+            f"{session.name}: needs {sorted(absent)[0]!r}, which no earlier stage carries; compile the model again"
+        )
+    unnamed = {*session.inputs} - {*spec.inputs}
+    unnamed |= {*spec.outputs, PROBABILITIES, CONFIDENCE} - {*session.outputs}
+    if unnamed:
+        raise ArtifactError(
+            f"{session.name}: the manifest and the model differ on {sorted(unnamed)[0]!r}; compile the model again"
+        )
+    return {*spec.carries}

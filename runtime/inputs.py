@@ -1,0 +1,84 @@
+"""What a model accepts: arrays against `TensorSpec`s, used for batches at run time and for whole data sets.
+
+Refused, with the input named: unknown or missing names, something that is no array, another dtype, rank or
+size, two inputs that disagree on the batch or on a named dimension, NaN or infinity (with the first bad row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+from .manifest import TensorSpec
+
+Batch = np.ndarray | Mapping[str, np.ndarray]
+
+
+def check_batch(batch: Any, inputs: Sequence[TensorSpec]) -> tuple[dict[str, np.ndarray], int]:
+    """-> arrays by name, and the number of rows; values are checked too."""
+    arrays = name_arrays(batch, [spec.name for spec in inputs])
+    rows = check_arrays(arrays, inputs)
+    for name, array in arrays.items():
+        check_finite(array, name)
+    return arrays, rows
+
+
+def name_arrays(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """An array, or a mapping of arrays with exactly `names` -> the mapping in the order of `names`."""
+    if isinstance(batch, Mapping):
+        missing = [name for name in names if name not in batch]
+        unknown = [str(name) for name in batch if name not in names]
+        if missing or unknown:
+            wrong = f"missing: {', '.join(missing)}" if missing else f"unknown: {', '.join(unknown)}"
+            raise InputError(f"inputs {wrong}; the model takes {', '.join(names)}")
+        arrays = {name: batch[name] for name in names}
+    elif len(names) == 1:
+        arrays = {names[0]: batch}
+    else:
+        raise InputError(f"the model takes {len(names)} inputs; pass a dict with {', '.join(names)}")
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"input {name!r} is a {type(array).__name__}; pass a numpy array")
+    return arrays
+
+
+def check_arrays(arrays: Mapping[str, np.ndarray], inputs: Sequence[TensorSpec]) -> int:
+    """Check dtype and shape of each input and that they agree with each other -> the number of rows."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for spec in inputs:
+        array = arrays[spec.name]
+        if array.dtype != spec.dtype:
+            raise InputError(
+                f"input {spec.name!r} is {array.dtype}, the model takes {spec.dtype}; "
+                f"convert it with .astype({spec.dtype!r})"
+            )
+        if len(array.shape) != len(spec.shape):
+            raise InputError(_misshapen(spec, array))
+        for size, expected in zip(array.shape, spec.shape, strict=True):
+            if isinstance(expected, int):
+                if size != expected:
+                    raise InputError(_misshapen(spec, array))
+            elif sizes.setdefault(expected, (size, spec.name))[0] != size:
+                other, name = sizes[expected]
+                raise InputError(
+                    f"inputs disagree on {expected!r}: {other} in {name!r}, {size} in {spec.name!r}; "
+                    "pass arrays of the same rows and lengths"
+                )
+    return sizes["batch"][0]
+
+
+def check_finite(array: np.ndarray, name: str, first_row: int = 0) -> None:
+    """Refuse NaN and infinity; `first_row` is what the array's first row is called."""
+    if array.dtype.kind not in "fc" or bool(np.isfinite(array).all()):
+        return
+    bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
+    row = first_row + int(np.argmax(bad))
+    raise InputError(f"input {name!r} holds NaN or infinity, first in row {row}; clean or drop such rows")
+
+
+def _misshapen(spec: TensorSpec, array: np.ndarray) -> str:
+    takes = ", ".join(map(str, spec.shape))
+    return f"input {spec.name!r} has shape {array.shape}, the model takes ({takes}); reshape or resize it"

@@ -1,0 +1,212 @@
+"""A loaded artifact: batches in, answers out, each row from the first exit that is confident enough.
+
+`load` opens and checks an artifact and builds its ONNX Runtime sessions; `Session` answers with `run`,
+`stream` and `run_all`. Batches hold any number of rows from 0 up. A session keeps no state between calls, so
+several threads may use one at the same time.
+
+Refused: what `open_artifact`, `engine` and `inputs` refuse, thresholds that do not match the exits, a form of
+the artifact that is not in it, a session that was closed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .artifact import Artifact, open_artifact
+from .engine import EngineSession, check_threads, choose_providers
+from .errors import UsageError
+from .execution import Executor, ExitRows, Segments, SingleFile
+from .inputs import Batch, check_batch
+from .manifest import Manifest, TensorSpec
+
+SINGLE_FILE = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One answer per row, from the exit it left at."""
+
+    classes: np.ndarray  # [B] int64
+    probabilities: np.ndarray  # [B, K] float32
+    exits: np.ndarray  # [B] int64; 0 is the shallowest, the last is the backbone's own output
+    confidence: np.ndarray  # [B] float32
+
+
+@dataclass(frozen=True)
+class AllAnswers:
+    """Every exit's answer for every row."""
+
+    classes: np.ndarray  # [E, B] int64
+    probabilities: np.ndarray  # [E, B, K] float32
+    confidence: np.ndarray  # [E, B] float32
+
+
+OnExit = Callable[[np.ndarray, Answers], None]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    executor: Literal["segments", "single-file"] | None = None,
+) -> Session:
+    """Check the artifact at `path` and make it ready to answer.
+
+    `providers` are ONNX Runtime's, in order of preference; None takes CUDA where it is there, then the CPU.
+    `threads` is the number of threads a stage may use; None is ONNX Runtime's own, the physical cores.
+    `executor` picks a form where the artifact holds both; None prefers its stages.
+    """
+    check_threads(threads)
+    if executor not in (None, "segments", "single-file"):
+        raise UsageError(f"executor is {executor!r}; give 'segments', 'single-file' or None")
+    chosen = choose_providers(providers)
+    artifact = open_artifact(path)
+    manifest = artifact.manifest
+    staged = bool(manifest.stages) if executor is None else executor == "segments"
+    files = [stage.file for stage in manifest.stages] if staged else [SINGLE_FILE]
+    if not files or not all(name in manifest.files for name in files):
+        raise UsageError(f"{path}: holds no {executor} form; leave executor out or compile with that target")
+    sessions = [
+        EngineSession(artifact.read(name), f"{path}/{name}", chosen, threads, strict=providers is not None)
+        for name in files
+    ]
+    return Session(artifact, Segments(manifest, sessions) if staged else SingleFile(manifest, sessions[0]))
+
+
+class Session:
+    """Answers batches with one artifact; made by `load`."""
+
+    def __init__(self, artifact: Artifact, executor: Executor) -> None:
+        self._manifest = artifact.manifest
+        self._path = artifact.path
+        self._executor: Executor | None = executor
+        self._thresholds = np.array(self._manifest.thresholds(), np.float32)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the artifact says of itself."""
+        return self._manifest
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Name, dtype and shape of every input."""
+        return self._manifest.inputs
+
+    @property
+    def classes(self) -> int:
+        """K, the number of classes."""
+        return self._manifest.classes
+
+    @property
+    def exits(self) -> int:
+        """E, the number of exits, the backbone's own output included."""
+        return len(self._manifest.exits)
+
+    def run(
+        self, batch: Batch, *, thresholds: Sequence[float] | None = None, on_exit: OnExit | None = None
+    ) -> Answers:
+        """One answer per row, in the order of the batch.
+
+        `thresholds` [E-1] take the place of the artifact's for this call; infinity silences an exit.
+        `on_exit(rows, answers)` is called with the rows of each exit as soon as they are answered.
+        """
+        arrays, rows, limits, executor = self._prepare(batch, thresholds)
+        whole = _empty(rows, self.classes)
+        if not rows:
+            return whole
+        for leaving in executor.answer(arrays, limits):
+            answers = _answers(leaving)
+            if on_exit is not None:
+                on_exit(_indices(leaving), answers)
+            if leaving.rows is None:
+                return answers
+            whole.classes[leaving.rows] = answers.classes
+            whole.probabilities[leaving.rows] = answers.probabilities
+            whole.exits[leaving.rows] = leaving.exit
+            whole.confidence[leaving.rows] = answers.confidence
+        return whole
+
+    def stream(
+        self, batch: Batch, *, thresholds: Sequence[float] | None = None
+    ) -> Iterator[tuple[np.ndarray, Answers]]:
+        """Yield (rows [n] int64, their answers), shallowest exit first.
+
+        A stage runs only when the rows that need it are asked for, so leaving the loop saves the rest. The
+        single file answers all rows at once; only their order is kept.
+        """
+        arrays, rows, limits, executor = self._prepare(batch, thresholds)
+        # A generator of its own: what is wrong with the batch is said here, not at the first step.
+        return _stream(executor.answer(arrays, limits)) if rows else iter(())
+
+    def run_all(self, batch: Batch) -> AllAnswers:
+        """Every exit's answer for every row: no row leaves, so this costs more than the backbone."""
+        arrays, rows, _, executor = self._prepare(batch, None)
+        probabilities = np.empty((self.exits, rows, self.classes), np.float32)
+        confidence = np.empty((self.exits, rows), np.float32)
+        for leaving in executor.answer_all(arrays) if rows else ():
+            probabilities[leaving.exit] = leaving.probabilities
+            confidence[leaving.exit] = leaving.confidence
+        return AllAnswers(probabilities.argmax(axis=2), probabilities, confidence)
+
+    def close(self) -> None:
+        """Let go of the models; calls that are running finish."""
+        self._executor = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(
+        self, batch: Batch, thresholds: Sequence[float] | None
+    ) -> tuple[dict[str, np.ndarray], int, np.ndarray, Executor]:
+        executor = self._executor
+        if executor is None:
+            raise UsageError(f"{self._path}: this session was closed; load the artifact again")
+        arrays, rows = check_batch(batch, self._manifest.inputs)
+        limits = self._thresholds if thresholds is None else self._limits(thresholds)
+        return arrays, rows, limits, executor
+
+    def _limits(self, thresholds: Sequence[float]) -> np.ndarray:
+        try:
+            limits = np.asarray(thresholds, np.float32)
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"thresholds {thresholds!r} are not numbers; give {self.exits - 1} of them"
+            ) from error
+        if limits.shape != (self.exits - 1,) or bool(np.isnan(limits).any()):
+            raise UsageError(
+                f"thresholds {np.array2string(limits, threshold=8)} do not fit; "
+                f"give {self.exits - 1} numbers, one per exit but the last, infinity for never"
+            )
+        return limits
+
+
+def _stream(leaving: Iterator[ExitRows]) -> Iterator[tuple[np.ndarray, Answers]]:
+    for rows in leaving:
+        yield _indices(rows), _answers(rows)
+
+
+def _answers(leaving: ExitRows) -> Answers:
+    exits = np.full(len(leaving.confidence), leaving.exit, np.int64)
+    return Answers(leaving.probabilities.argmax(axis=1), leaving.probabilities, exits, leaving.confidence)
+
+
+def _indices(leaving: ExitRows) -> np.ndarray:
+    return np.arange(len(leaving.confidence)) if leaving.rows is None else leaving.rows
+
+
+def _empty(rows: int, classes: int) -> Answers:
+    return Answers(
+        np.empty(rows, np.int64),
+        np.empty((rows, classes), np.float32),
+        np.empty(rows, np.int64),
+        np.empty(rows, np.float32),
+    )
