@@ -33,7 +33,7 @@ BELOW = 1e-3  # how far under the smallest confidence the threshold of an exit t
 _COST_UNITS = 2**26  # integer cost of the whole backbone
 _RISK_UNITS = 2**20
 _EXACT = 2**52  # float64 integers stay exact below this
-_BISECTIONS = 14
+_BISECTIONS = 12
 _SWEEPS = 12
 _WORK = 1.2e8  # (rows + overhead) x candidates the moves may scan; bounds the time, not the clock, so repeatable
 _OVERHEAD = 2000  # rows that a numpy call's fixed price is worth
@@ -44,7 +44,7 @@ class Column:
     """The rows of one candidate by descending confidence, and the places where a threshold can part them."""
 
     order: NDArray[np.intp]  # [rows] row at each position
-    rank: NDArray[np.int32]  # [rows] position of each row
+    next_end: Ints  # [rows] the shortest such prefix that takes in each position
     ends: Ints  # [places] prefix lengths a float32 threshold can cut off, ascending; the last is all rows
     thresholds: Floats  # [places] float32 values, none of them a recorded confidence
     lost: Floats  # [places] summed risk of that prefix, every row counted as reaching this exit
@@ -65,21 +65,19 @@ def column(confidence: NDArray[np.float32], risk: Floats) -> Column:
     Rows of equal confidence go together, and so do neighbours with no float32 strictly between them.
     """
     order = np.argsort(-confidence)
-    rank = np.empty(len(order), np.int32)
-    rank[order] = np.arange(len(order), dtype=np.int32)
     down = confidence[order].astype(np.float64)
     middle = ((down[:-1] + down[1:]) / 2).astype(np.float32).astype(np.float64)
     parted = np.flatnonzero((middle < down[:-1]) & (middle > down[1:]))
     ends = np.append(parted + 1, len(order)).astype(np.int64)
     thresholds = np.append(middle[parted], np.float64(np.float32(down[-1] - BELOW)))
-    return Column(order, rank, ends, thresholds, np.cumsum(risk[order])[ends - 1])
+    next_end = np.repeat(ends, np.diff(ends, prepend=0))
+    return Column(order, next_end, ends, thresholds, np.cumsum(risk[order])[ends - 1])
 
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
     columns: tuple[Column, ...]
     risk: Floats  # [candidates, rows] multiples of 2^-20
-    sorted_risk: Floats  # [candidates, rows] the same in each candidate's own order
     reach: Floats  # [candidates + 1] integer cost of the backbone up to each candidate, last to the output
     head: Floats  # [candidates] integer cost
     limit: float  # most total risk, a multiple of 2^-20
@@ -118,19 +116,25 @@ def search(
     problem = _Problem(
         columns,
         up,
-        np.stack([line[entry.order] for line, entry in zip(up, columns, strict=True)]),
         np.rint(np.cumsum(segment) / total * _COST_UNITS),
         np.rint(np.minimum(head / total, 2.0) * _COST_UNITS),  # dearer than the backbone is never chosen
         float(limit),
     )
     nothing = np.zeros(len(columns), np.int64)
     everything = np.full(len(columns), rows, np.int64)
+    starts = (everything, nothing, *starts)
+    plans = [*starts, _descend(problem, everything, 0.0)]
+    low, high, steps = 0.0, float(np.log2(_EXACT / rows)), _BISECTIONS
+    for start in starts:
+        sides, at = _bisect(problem, start, low, high, steps)
+        plans += sides
+        if start is everything:  # the limit binds at nearly the same λ from every start
+            low, high, steps = at - 1, at + 1, _BISECTIONS // 2
     found: dict[bytes, tuple[float, Ints]] = {}
-    for start in (nothing, everything, *starts):
-        for cuts in (start, *_bisect(problem, start)):
-            repaired = _fill(problem, cuts)
-            if repaired is not None:
-                found[repaired.tobytes()] = (_evaluate(problem, repaired)[0], repaired)
+    for cuts in {cuts.tobytes(): cuts for cuts in plans}.values():
+        filled = _fill(problem, cuts)
+        if filled is not None:
+            found[filled.tobytes()] = (_evaluate(problem, filled)[0], filled)
     ranked = sorted(found.items(), key=lambda item: (item[1][0], item[0]))
     best_cost, best = ranked[0][1]
     work = _WORK
@@ -147,18 +151,29 @@ def _first_exit(problem: _Problem, cuts: Ints) -> NDArray[np.int16]:
     first = np.full(problem.rows, len(cuts), np.int16)
     for i in range(len(cuts) - 1, -1, -1):
         if cuts[i]:
-            first[problem.columns[i].rank < cuts[i]] = i
+            first[problem.columns[i].order[: cuts[i]]] = i
     return first
 
 
-def _evaluate(problem: _Problem, cuts: Ints) -> tuple[float, float]:
+def _evaluate(problem: _Problem, cuts: Ints, first: NDArray[np.int16] | None = None) -> tuple[float, float]:
     """Total cost and total risk over the rows."""
-    first = _first_exit(problem, cuts)
+    first = _first_exit(problem, cuts) if first is None else first
     heads = np.cumsum(np.where(cuts > 0, problem.head, 0.0))
     spent = problem.reach + np.append(heads, heads[-1])
     cost = float(np.bincount(first, minlength=len(cuts) + 1) @ spent)
     left = np.flatnonzero(first < len(cuts))
     return cost, float(problem.risk[first[left], left].sum())
+
+
+def _arrivals(entry: Column, arrives: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp], Ints]:
+    """Arriving rows by descending confidence, then the places among them where a threshold fits and its cuts.
+
+    places [k]: the prefix places[k] + 1 of those rows leaves when the cut is cuts[k].
+    """
+    positions = np.flatnonzero(arrives[entry.order])
+    cuts = entry.next_end[positions]
+    places = np.flatnonzero(cuts <= np.append(positions[1:], len(arrives)))
+    return entry.order[positions], places, cuts[places]
 
 
 def _descend(problem: _Problem, cuts: Ints, weight: float) -> Ints:
@@ -170,62 +185,67 @@ def _descend(problem: _Problem, cuts: Ints, weight: float) -> Ints:
         changed = False
         for i in range(len(cuts) - 1, -1, -1):
             entry, here, head = problem.columns[i], problem.reach[i], problem.head[i]
-            arrives = first >= i  # shallower exits have not moved yet in this sweep
-            gain = np.where(arrives, onward - here, 0.0)[entry.order]
-            gain -= weight * (problem.sorted_risk[i] * arrives[entry.order])
-            summed = np.cumsum(gain)[entry.ends - 1]
-            place = int(np.argmax(summed))
-            cut = int(entry.ends[place]) if summed[place] > head * np.count_nonzero(arrives) else 0
+            # Shallower exits have not moved yet in this sweep, so `first` still tells who arrives.
+            rows, places, ends = _arrivals(entry, first >= i)
+            cut = 0
+            if len(rows):
+                gain = np.cumsum(onward[rows] - (here + weight * problem.risk[i, rows]))[places]
+                best = int(np.argmax(gain))
+                cut = int(ends[best]) if gain[best] > head * len(rows) else 0
             changed |= cut != cuts[i]
             cuts[i] = cut
             if cut:
-                onward = np.where(entry.rank < cut, here + weight * problem.risk[i], onward) + head
+                leaving = entry.order[:cut]
+                onward[leaving] = here + weight * problem.risk[i, leaving]
+                onward += head
         if not changed:
             break
     return cuts
 
 
-def _bisect(problem: _Problem, start: Ints) -> list[Ints]:
-    """Plans on both sides of the λ at which the limit starts to bind, descending from `start`."""
-    cuts = _descend(problem, start, 0.0)
-    if _evaluate(problem, cuts)[1] <= problem.limit:
-        return [cuts]
-    low, high = 0.0, np.log2(_EXACT / problem.rows)  # λ = 2^x - 1
-    within, beyond = None, cuts
-    for _ in range(_BISECTIONS):
+def _bisect(
+    problem: _Problem, start: Ints, low: float, high: float, steps: int
+) -> tuple[list[Ints], float]:
+    """Plans on both sides of the λ = 2^x at which the limit starts to bind, low <= x <= high, and that x."""
+    within = beyond = None
+    cuts = start
+    for _ in range(steps):
         middle = (low + high) / 2
-        cuts = _descend(problem, start, float(np.rint(2**middle - 1)))
+        cuts = _descend(problem, cuts, float(np.rint(2.0**middle)))
         if _evaluate(problem, cuts)[1] <= problem.limit:
             within, high = cuts, middle
         else:
             beyond, low = cuts, middle
-    return [beyond] if within is None else [within, beyond]
+    return [cuts for cuts in (within, beyond) if cuts is not None], (low + high) / 2
 
 
 def _moves(problem: _Problem, cuts: Ints, kept: int = -1) -> Iterator[_Move]:
     """For each exit but `kept`: the cheapest cut that holds the limit while all others stay, if there is one."""
     first = _first_exit(problem, cuts)
-    cost_now, risk_now = _evaluate(problem, cuts)
+    cost_now, risk_now = _evaluate(problem, cuts, first)
     cost_on = np.full(problem.rows, problem.reach[-1])
     risk_on = np.zeros(problem.rows)
     for i in range(len(cuts) - 1, -1, -1):
         entry, here, head = problem.columns[i], problem.reach[i], problem.head[i]
-        if i != kept:
-            arrives = (first >= i)[entry.order]
-            saved = np.cumsum(np.where(arrives, (cost_on - here)[entry.order], 0.0))[entry.ends - 1]
-            added = np.cumsum(np.where(arrives, problem.sorted_risk[i] - risk_on[entry.order], 0.0))
-            costs = np.append(0.0, head * np.count_nonzero(arrives) - saved)  # against leaving it out
-            risks = np.append(0.0, added[entry.ends - 1])
-            place = int(np.searchsorted(entry.ends, cuts[i])) + 1 if cuts[i] else 0
-            held = risk_now - risks[place] + risks <= problem.limit
+        rows, places, ends = _arrivals(entry, first >= i)
+        if i != kept and len(rows):
+            saved = np.cumsum(cost_on[rows] - here)
+            added = np.cumsum(problem.risk[i, rows] - risk_on[rows])
+            cost_out, risk_out = cost_now, risk_now  # of the plan without this exit
+            if cuts[i]:
+                cost_out -= head * len(rows)
+                if answered := int(np.count_nonzero(first == i)):
+                    cost_out, risk_out = cost_out + saved[answered - 1], risk_out - added[answered - 1]
+            costs = np.append(cost_out, cost_out + head * len(rows) - saved[places])
+            held = np.append(risk_out, risk_out + added[places]) <= problem.limit
             if held.any():
                 choice = int(np.argmin(np.where(held, costs, np.inf)))
-                cut = int(entry.ends[choice - 1]) if choice else 0
-                yield _Move(float(cost_now - costs[place] + costs[choice]), i, cut)
+                yield _Move(float(costs[choice]), i, int(ends[choice - 1]) if choice else 0)
         if cuts[i]:
-            leaves = entry.rank < cuts[i]
-            cost_on = np.where(leaves, here, cost_on) + head
-            risk_on = np.where(leaves, problem.risk[i], risk_on)
+            leaving = entry.order[: cuts[i]]
+            cost_on[leaving] = here
+            cost_on += head
+            risk_on[leaving] = problem.risk[i, leaving]
 
 
 def _best(moves: Iterable[_Move]) -> _Move | None:
@@ -277,10 +297,9 @@ def _disturbances(problem: _Problem, cuts: Ints) -> Iterator[tuple[int, int]]:
     first = _first_exit(problem, cuts)
     for i, cut in enumerate(cuts.tolist()):
         entry = problem.columns[i]
-        arrives = (first >= i)[entry.order]
-        lost = np.cumsum(problem.sorted_risk[i] * arrives)[entry.ends - 1]
-        # Between two errors nothing but the longest prefix is worth trying.
-        corners = entry.ends[np.append(np.flatnonzero(np.diff(lost)), len(lost) - 1)]
+        rows, places, ends = _arrivals(entry, first >= i)
+        lost = np.cumsum(problem.risk[i, rows])[places]
+        corners = ends[np.diff(lost, append=np.inf) > 0]  # between two errors only the longest prefix is worth it
         at = int(np.searchsorted(corners, cut))
         steps = [2**k for k in range(max(1, int(len(corners)).bit_length()))]
         tried = {0} if cut else set()

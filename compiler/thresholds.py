@@ -269,7 +269,9 @@ def _best_subset(
 
     def stays(i: int, length: int) -> int:
         if (i, length) not in stay_of:
-            stay_of[i, length] = int.from_bytes(np.packbits(columns[i].rank >= length).tobytes(), "big")
+            stay = np.ones(records.rows, np.bool_)
+            stay[columns[i].order[:length]] = False
+            stay_of[i, length] = int.from_bytes(np.packbits(stay).tobytes(), "big")
         return stay_of[i, length]
 
     # packbits pads the last byte with zeros on the low side.

@@ -123,7 +123,7 @@ def _check_replaceable(target: Path) -> None:
     strangers = sorted(present - _listed_names(target / MANIFEST_NAME))
     if strangers:
         raise UsageError(
-            f"{target}: holds {strangers[0]!r}, which no artifact put there; choose another output or remove it"
+            f"{target}: holds {strangers[0]!r}, which no artifact put there; remove it or choose another"
         )
 
 

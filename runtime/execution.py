@@ -155,12 +155,12 @@ def _check_stage(spec: StageSpec, session: EngineSession, known: set[str]) -> se
     absent = {*spec.inputs} - known | {*spec.carries} - known - {*spec.outputs}
     if absent:
         raise ArtifactError(
-            f"{session.name}: needs {sorted(absent)[0]!r}, which no earlier stage carries; compile the model again"
+            f"{session.name}: needs {sorted(absent)[0]!r}, which no stage before it carries; compile again"
         )
     unnamed = {*session.inputs} - {*spec.inputs}
     unnamed |= {*spec.outputs, PROBABILITIES, CONFIDENCE} - {*session.outputs}
     if unnamed:
         raise ArtifactError(
-            f"{session.name}: the manifest and the model differ on {sorted(unnamed)[0]!r}; compile the model again"
+            f"{session.name}: model and manifest differ on {sorted(unnamed)[0]!r}; compile the model again"
         )
     return {*spec.carries}

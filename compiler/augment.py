@@ -1,0 +1,61 @@
+"""Augmentation for distillation: the backbone labels whatever it is shown, so more inputs are free targets.
+
+An augmentation maps a batch of inputs by name to another batch and a seeded generator to its randomness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from offramp.passes import Input
+from offramp.runtime.errors import UsageError
+
+Batch = Mapping[str, torch.Tensor]
+Augment = Callable[[Batch, torch.Generator], Batch]
+
+
+def identity(batch: Batch, generator: torch.Generator) -> Batch:
+    """The batch as it is."""
+    return batch
+
+
+def flip_shift(batch: Batch, generator: torch.Generator) -> Batch:
+    """Every image `[C, H, W]` mirrored with probability 1/2 and shifted by up to an eighth of its size."""
+    return {name: _flip_shift(x, generator) if x.dim() == 4 else x for name, x in batch.items()}
+
+
+def _flip_shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    rows, _, height, width = images.shape
+    mirrored = torch.rand(rows, generator=generator) < 0.5
+    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+    reach_y, reach_x = max(1, height // 8), max(1, width // 8)
+    # Edges repeat: a constant border is something the backbone may never have seen.
+    padded = torch.nn.functional.pad(images, (reach_x, reach_x, reach_y, reach_y), mode="replicate")
+    y = torch.randint(0, 2 * reach_y + 1, (rows,), generator=generator)
+    x = torch.randint(0, 2 * reach_x + 1, (rows,), generator=generator)
+    index_y = (y.view(-1, 1) + torch.arange(height)).view(rows, 1, height, 1)
+    index_x = (x.view(-1, 1) + torch.arange(width)).view(rows, 1, 1, width)
+    row = torch.arange(rows).view(rows, 1, 1, 1)
+    channel = torch.arange(images.shape[1]).view(1, -1, 1, 1)
+    return padded[row, channel, index_y, index_x]
+
+
+AUGMENTATIONS: dict[str, Augment] = {"none": identity, "flip-shift": flip_shift}
+
+
+def default_augmentation(inputs: tuple[Input, ...]) -> str:
+    """`flip-shift` for one colour image of at least 24 x 24 pixels, `none` for anything else."""
+    if len(inputs) == 1 and len(inputs[0].shape) == 4:
+        _, channels, height, width = inputs[0].shape
+        if channels == 3 and isinstance(height, int) and isinstance(width, int) and min(height, width) >= 24:
+            return "flip-shift"
+    return "none"
+
+
+def find_augmentation(name: str) -> Augment:
+    """A named set -> the function."""
+    if name not in AUGMENTATIONS:
+        raise UsageError(f"augmentation {name!r} is unknown; use one of {', '.join(AUGMENTATIONS)}")
+    return AUGMENTATIONS[name]

@@ -1,0 +1,260 @@
+"""Distillation: every candidate's head learns to answer as the backbone does, without a label.
+
+One stream: each batch goes through the frozen backbone once, and the heads of all candidates learn from the
+values it passes (the papers' medial data set, Eq. 1, made on the fly). The loss is KL(backbone || head) on
+the backbone's probabilities. AdamW under a cosine schedule; of all epochs each head keeps the weights with
+the least loss on rows it does not learn from.
+
+Everything random in epoch e is drawn from (seed, e), so training interrupted after an epoch goes on from its
+checkpoint to the very same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from offramp.passes import Backbone, Candidate, probabilities
+from offramp.passes.taps import tap
+from offramp.runtime.data import Rows
+
+from .augment import default_augmentation, find_augmentation
+from .capture import bind
+from .heads import HeadConfig, build_head, default_head
+from .progress import bar
+
+
+@dataclass(frozen=True)
+class Training:
+    """How heads are trained."""
+
+    epochs: int = 30
+    batch: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+    augment: str | None = None  # a name from augment.AUGMENTATIONS; None: by the kind of input
+
+
+@dataclass(frozen=True)
+class Head:
+    """A trained head of one candidate."""
+
+    candidate: Candidate
+    config: HeadConfig
+    module: nn.Module = field(repr=False)  # in evaluation mode; [B, ...] -> logits [B, K]
+    loss: float  # KL in nats on the validation rows
+
+    def parameters(self) -> int:
+        """Number of scalar parameters."""
+        return sum(p.numel() for p in self.module.parameters())
+
+
+def value_shape(backbone: Backbone, candidate: Candidate) -> tuple[int, ...]:
+    """The cut's shape without the batch; a dimension that varies has its captured size."""
+    node = next(n for n in backbone.graph.nodes if n.name == candidate.name)
+    sizes = node.meta["val"].shape[1:]
+    return tuple(int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in sizes)
+
+
+def default_heads(backbone: Backbone, candidates: Sequence[Candidate], total_flops: float) -> dict[str, HeadConfig]:
+    """The default head of every candidate, by candidate name."""
+    return {c.name: default_head(value_shape(backbone, c), backbone.classes, total_flops) for c in candidates}
+
+
+def distil(
+    backbone: Backbone,
+    candidates: Sequence[Candidate],
+    configs: Mapping[str, HeadConfig],
+    data: Rows,
+    *,
+    learn: np.ndarray,
+    validate: np.ndarray,
+    training: Training,
+    seed: int,
+    checkpoint: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[Head, ...]:
+    """Train one head per candidate.
+
+    `learn` and `validate` are row indices into `data`. With `checkpoint`, the state after each epoch is kept
+    there and a later call with the same arguments goes on from it. `report` gets one line per event a person
+    should know of.
+    """
+    name = training.augment or default_augmentation(backbone.inputs)
+    training = replace(training, augment=name)
+    report(f"distilling {len(candidates)} heads on {len(learn)} rows, {training.epochs} epochs, augmentation {name}")
+    trainer = _Trainer(backbone, candidates, configs, data, learn, validate, training, seed)
+    start = trainer.resume(checkpoint) if checkpoint is not None else 0
+    if start:
+        report(f"resuming after epoch {start} of {training.epochs}")
+    for epoch in range(start, training.epochs):
+        trainer.learn_epoch(epoch)
+        trainer.keep_best()
+        if checkpoint is not None:
+            trainer.save(checkpoint, epoch + 1)
+    return trainer.heads()
+
+
+class _Trainer:
+    """The state of one distillation: heads, optimiser, best weights so far."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        candidates: Sequence[Candidate],
+        configs: Mapping[str, HeadConfig],
+        data: Rows,
+        learn: np.ndarray,
+        validate: np.ndarray,
+        training: Training,
+        seed: int,
+    ) -> None:
+        self.backbone, self.candidates, self.configs = backbone, candidates, configs
+        self.data, self.learn, self.validate = data, learn, validate
+        self.training, self.seed = training, seed
+        self.augment = find_augmentation(training.augment or "none")
+        self.taps = tap(backbone, [c.name for c in candidates])
+        self.modules = nn.ModuleList()
+        for index, candidate in enumerate(candidates):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_mix(seed, index))
+                shape = value_shape(backbone, candidate)
+                self.modules.append(build_head(configs[candidate.name], shape, backbone.classes))
+        self.optimiser = torch.optim.AdamW(
+            self.modules.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+        self.steps = max(1, math.ceil(len(learn) / training.batch)) * training.epochs
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
+        self.best_loss = [math.inf] * len(candidates)
+        self.best: list[dict[str, torch.Tensor]] = [_copy(m) for m in self.modules]
+
+    def _rate(self, step: int) -> float:
+        """Cosine decay behind a warm-up of a twentieth, as a factor of the learning rate."""
+        warm = max(1, self.steps // 20)
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+    def learn_epoch(self, epoch: int) -> None:
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.learn)
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch + 1_000_003))
+        self.modules.train()
+        # A last batch of one row has no batch statistics to norm by.
+        pieces = [p for p in np.array_split(order, max(1, round(len(order) / self.training.batch))) if len(p) > 1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_mix(self.seed, epoch + 2_000_003))
+            for rows in bar(pieces, f"distil epoch {epoch + 1}/{self.training.epochs}"):
+                batch = self.augment(tensors(self.data, rows), generator)
+                target, values = self._observe(batch)
+                self.optimiser.zero_grad(set_to_none=True)
+                losses = [divergence(target, m(v)).mean() for m, v in zip(self.modules, values, strict=True)]
+                torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+                self.optimiser.step()
+                self.schedule.step()
+
+    def keep_best(self) -> None:
+        """Measure every head on the validation rows; keep the weights of those that improved."""
+        self.modules.eval()
+        total = torch.zeros(len(self.modules), dtype=torch.float64)
+        with torch.no_grad():
+            for rows in batches(self.validate, self.training.batch):
+                target, values = self._observe(tensors(self.data, rows))
+                for index, (module, value) in enumerate(zip(self.modules, values, strict=True)):
+                    total[index] += float(divergence(target, module(value)).sum())
+        for index, loss in enumerate((total / len(self.validate)).tolist()):
+            if loss < self.best_loss[index]:
+                self.best_loss[index] = loss
+                self.best[index] = _copy(self.modules[index])
+
+    def _observe(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """One pass of the frozen backbone -> its probabilities `[B, K]` and every candidate's value."""
+        with torch.no_grad():
+            scores, *values = self.taps(*bind(self.backbone.inputs, batch, self.backbone.name))
+            return probabilities(scores, self.backbone.scores, 1.0), values
+
+    def heads(self) -> tuple[Head, ...]:
+        found = []
+        for index, candidate in enumerate(self.candidates):
+            module = self.modules[index]
+            module.load_state_dict(self.best[index])
+            found.append(Head(candidate, self.configs[candidate.name], module.eval(), self.best_loss[index]))
+        for parameter in self.modules.parameters():
+            parameter.requires_grad_(False)
+        return tuple(found)
+
+    def fingerprint(self) -> str:
+        """What the checkpoint belongs to: backbone, heads, rows, settings, seed."""
+        digest = hashlib.sha256(self.backbone.fingerprint().encode())
+        configs = {c.name: [self.configs[c.name].family, dict(self.configs[c.name].settings)] for c in self.candidates}
+        digest.update(repr((configs, asdict(self.training), self.seed)).encode())
+        digest.update(self.learn.tobytes() + self.validate.tobytes())
+        some = self.learn[:: max(1, len(self.learn) // 64)]
+        for name, array in self.data.take(some).items():
+            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path, epochs: int) -> None:
+        state = {
+            "fingerprint": self.fingerprint(),
+            "epochs": epochs,
+            "modules": self.modules.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": {"last_epoch": self.schedule.last_epoch, "_step_count": self.schedule._step_count},
+            "best": self.best,
+            "best_loss": self.best_loss,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def resume(self, path: Path) -> int:
+        """Epochs done according to the checkpoint; 0 if there is none for this very job."""
+        if not path.is_file():
+            return 0
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, OSError):
+            return 0  # an unreadable checkpoint only costs the time it would have saved
+        if state.get("fingerprint") != self.fingerprint():
+            return 0
+        self.modules.load_state_dict(state["modules"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.best, self.best_loss = state["best"], state["best_loss"]
+        return int(state["epochs"])
+
+
+def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities `[B, K]` of the backbone, logits `[B, K]` of a head -> KL(backbone || head) `[B]`, nats."""
+    return F.kl_div(F.log_softmax(logits, 1), target, reduction="none").sum(1)
+
+
+def tensors(data: Rows, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    """Rows of the data as tensors by input name."""
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in data.take(rows).items()}
+
+
+def batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Row indices in order, in pieces of `size`."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _mix(seed: int, stream: int) -> int:
+    """A seed of its own for every stream drawn from one seed."""
+    return int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _copy(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}

@@ -1,0 +1,87 @@
+"""ONNX segments: one model per stage, segment and head together; the runtime compacts between them.
+
+A stage reads live values under their names in the backbone's graph and yields the value of its cut (and, in
+the first, side inputs computed there), `probabilities [rows, K]` and `confidence [rows]`. The last stage
+yields the backbone's own answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+import torch
+from torch import fx, nn
+
+from offramp.passes import ExitProgram, confidence, probabilities
+from offramp.passes.flops import meta_like
+from offramp.runtime.manifest import StageSpec
+
+from .translate import to_onnx
+
+ANSWER = ("probabilities", "confidence")
+_EXAMPLE_BATCH = 3  # torch.export treats 0 and 1 as constants
+
+
+class Stage(nn.Module):
+    """Segment `index` of a program and the head behind it."""
+
+    def __init__(self, program: ExitProgram, index: int) -> None:
+        super().__init__()
+        self.segment = program.segments[index].graph_module
+        self.last = index == len(program.heads)
+        self.head = nn.Identity() if self.last else program.heads[index]
+        self.scores = program.backbone.scores if self.last else "logits"
+        self.temperature = 1.0 if self.last else program.plan.exits[index].temperature
+        self.metric = program.plan.metric
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Live values -> what later stages read, probabilities `[b, K]`, confidence `[b]`."""
+        outputs = self.segment(*values)
+        answer = probabilities(self.head(outputs[0]), self.scores, self.temperature)
+        passed = () if self.last else outputs
+        return (*passed, answer, confidence(answer, self.metric))
+
+
+class Plain(nn.Module):
+    """The backbone alone, as it came, with its answer as probabilities."""
+
+    def __init__(self, program: ExitProgram) -> None:
+        super().__init__()
+        self.backbone = program.backbone.graph_module
+        self.scores = program.backbone.scores
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Model inputs -> probabilities `[B, K]`."""
+        return probabilities(self.backbone(*inputs), self.scores, 1.0)
+
+
+def stage_specs(program: ExitProgram) -> tuple[StageSpec, ...]:
+    """What the manifest says of the stages; file names by position."""
+    return tuple(
+        StageSpec(f"stages/{index}.onnx", s.inputs, s.outputs if index < len(program.heads) else (), s.carries)
+        for index, s in enumerate(program.segments)
+    )
+
+
+def stage_models(program: ExitProgram) -> tuple[onnx.ModelProto, ...]:
+    """One ONNX model per stage."""
+    models = []
+    for index, spec in enumerate(stage_specs(program)):
+        stage = Stage(program, index)
+        models.append(to_onnx(stage, _examples(program.segments[index].graph_module), (*spec.outputs, *ANSWER)))
+    return tuple(models)
+
+
+def backbone_model(program: ExitProgram) -> onnx.ModelProto:
+    """The plain backbone, to measure against."""
+    return to_onnx(Plain(program), _examples(program.backbone.graph_module), ("probabilities",))
+
+
+def _examples(module: fx.GraphModule) -> Mapping[str, torch.Tensor]:
+    """Example tensors for tracing, by placeholder; zeros are valid indices and valid masks alike."""
+    nodes = module.graph.find_nodes(op="placeholder")
+    return {
+        str(n.target): torch.zeros_like(meta_like(n.meta["val"], str(n.meta["val"].shape[0]), _EXAMPLE_BATCH), device="cpu")
+        for n in nodes
+    }

@@ -1,0 +1,107 @@
+"""From a torch module to a plain ONNX model: torch's own exporter, then names and order made reproducible."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+
+import onnx
+import torch
+from torch import nn
+from torch.export import Dim
+
+from offramp.runtime.errors import ModelError
+
+OPSET = 18  # old enough for every ONNX Runtime binding in use, new enough for all that torch emits
+
+
+def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: Sequence[str]) -> onnx.ModelProto:
+    """A module and example tensors by input name -> a model with a free dimension 0 named `batch`.
+
+    Raises `ModelError` with torch's reason for an operator the exporter does not know.
+    """
+    batch = Dim("batch")
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)  # it warns of torchvision operators nobody asked for
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module.eval(),
+                tuple(inputs.values()),
+                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+                input_names=[f"input_{position}" for position in range(len(inputs))],
+                output_names=[f"output_{position}" for position in range(len(outputs))],
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{type(module).__name__} cannot be translated to ONNX: {reason}") from error
+    finally:
+        registration.setLevel(level)
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    _clean(model)
+    _name_values(model.graph, list(inputs), outputs)
+    return model
+
+
+def serialise(model: onnx.ModelProto) -> bytes:
+    """Check and serialise; the same model gives the same bytes."""
+    onnx.checker.check_model(model, full_check=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _clean(model: onnx.ModelProto) -> None:
+    """Drop what describes the machine and the source rather than the computation."""
+    model.doc_string = ""
+    model.producer_name = "offramp"
+    model.producer_version = ""
+    del model.metadata_props[:]
+    _clean_graph(model.graph)
+
+
+def _clean_graph(graph: onnx.GraphProto) -> None:
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    del graph.value_info[:]
+    for tensor in graph.initializer:
+        tensor.doc_string = ""
+        del tensor.metadata_props[:]
+    for value in (*graph.input, *graph.output):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    for node in graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _clean_graph(attribute.g)
+
+
+def _name_values(graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Inputs and outputs get the names asked for; what is computed on the way moves out of theirs."""
+    ends = [*zip(graph.input, inputs, strict=True), *zip(graph.output, outputs, strict=True)]
+    names = {value.name: wanted for value, wanted in ends}
+    for node in graph.node:
+        for name in node.output:
+            if name:
+                names.setdefault(name, f"inner/{name}")
+    _rename(graph, names)
+    for value, wanted in ends:
+        value.name = wanted
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename(attribute.g, names)

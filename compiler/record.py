@@ -1,0 +1,87 @@
+"""Recording: what every head and the backbone answer, for rows no head has learned from.
+
+One frozen pass over the rows gives all that calibration and selection need, so that subsets and thresholds
+are scored without running the program again (paper, 3.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch.nn import functional as F
+
+from offramp.passes import Backbone, probabilities
+from offramp.passes.program import confidence
+from offramp.passes.taps import tap
+from offramp.runtime.data import Rows
+
+from .capture import bind
+from .distill import Head, batches, tensors
+from .progress import bar
+
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Answers for some rows; candidates from shallow to deep."""
+
+    logits: np.ndarray  # [candidates, rows, K] float32, temperature 1
+    backbone: np.ndarray  # [rows, K] float32, probabilities
+
+    @property
+    def backbone_classes(self) -> np.ndarray:
+        """[rows] int64."""
+        return self.backbone.argmax(1)
+
+    def classes(self) -> np.ndarray:
+        """[rows, candidates] int64; temperature does not change them."""
+        return self.logits.argmax(2).T
+
+    def confidence(self, temperatures: Sequence[float], metric: str) -> np.ndarray:
+        """[rows, candidates] float32, computed as the exit program computes it."""
+        columns = [
+            confidence(probabilities(torch.from_numpy(logits), "logits", t), metric).numpy()
+            for logits, t in zip(self.logits, temperatures, strict=True)
+        ]
+        return np.stack(columns, 1) if columns else np.zeros((len(self.backbone), 0), np.float32)
+
+
+def record(backbone: Backbone, heads: Sequence[Head], data: Rows, rows: np.ndarray, what: str) -> Recording:
+    """Run backbone and heads over `rows` of `data`; `what` names the split on the progress bar."""
+    taps = tap(backbone, [h.candidate.name for h in heads])
+    scores = np.empty((len(rows), backbone.classes), np.float32)
+    logits = np.empty((len(heads), len(rows), backbone.classes), np.float32)
+    done = 0
+    pieces = list(batches(rows, _BATCH))
+    with torch.no_grad():
+        for piece in bar(pieces, f"record {what}"):
+            answer, *values = taps(*bind(backbone.inputs, tensors(data, piece), backbone.name))
+            span = slice(done, done + len(piece))
+            scores[span] = probabilities(answer, backbone.scores, 1.0).numpy()
+            for index, (head, value) in enumerate(zip(heads, values, strict=True)):
+                logits[index, span] = head.module(value).numpy()
+            done += len(piece)
+    return Recording(logits, scores)
+
+
+def calibrate(recording: Recording) -> tuple[float, ...]:
+    """Temperature per head: the one under which its confidence best predicts agreement with the backbone.
+
+    Temperature scaling (Guo et al. 2017) with the backbone's class in the label's place: least negative
+    log-likelihood, searched over log T in [log 0.05, log 20].
+    """
+    target = torch.from_numpy(recording.backbone_classes)
+    return tuple(_fit_temperature(torch.from_numpy(logits), target) for logits in recording.logits)
+
+
+def _fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
+    def loss(log_t: float) -> float:
+        return float(F.cross_entropy(logits.double() / float(np.exp(log_t)), target))
+
+    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-4})
+    return float(np.float32(np.exp(found.x)))

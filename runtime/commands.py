@@ -1,0 +1,188 @@
+"""The commands every installation has: `inspect` shows an artifact, `run` answers a data set with it.
+
+Each is a `Command`, the same object the other rooms offer through the entry points `offramp.commands`. They
+parse, call the public functions and print; they decide nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .artifact import Artifact, open_artifact
+from .data import Rows, batches, open_data
+from .errors import StorageError, UsageError
+from .manifest import dump_manifest
+from .session import Session, load
+from .table import human, percent, render
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after `offramp`."""
+
+    summary: str  # one line for the list of commands
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]  # -> exit status
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1 up."""
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return number
+
+
+def write_arrays(out: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz at exactly `out`: whole or not at all."""
+    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with draft.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a flag among the names
+        draft.replace(out)
+    except OSError as error:
+        raise StorageError(
+            f"{out}: could not be written ({error.strerror or error}); free space or choose another output"
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _configure_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Check an artifact to its last byte and show what it is and what it saved."
+    parser.add_argument("artifact", metavar="ARTIFACT", help="directory or zip that compile wrote")
+    parser.add_argument("--json", action="store_true", help="print the manifest instead, for other programs")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    artifact = open_artifact(args.artifact)
+    if args.json:
+        _say(dump_manifest(artifact.manifest).decode().rstrip("\n"))
+        return 0
+    _say(f"{render(artifact.manifest)}\n\n{_describe(artifact)}")
+    return 0
+
+
+def _describe(artifact: Artifact) -> str:
+    """What the table leaves out: how it was made, and what is in it."""
+    manifest = artifact.manifest
+    splits, backbone = manifest.splits, manifest.backbone
+    rows = f"distil {splits.distil:,}, calibrate {splits.calibrate:,}, select {splits.select:,}"
+    lines = ["Made from"]
+    lines.append(f"  backbone       fingerprint {backbone.fingerprint[:16]}, gives {backbone.scores}")
+    lines += [
+        f"  input          {i.name} {i.dtype} ({', '.join(map(str, i.shape))})" for i in manifest.inputs
+    ]
+    lines += [f"  preprocessing  {manifest.preprocessing}"] if manifest.preprocessing else []
+    lines.append(
+        f"  rows           {rows}, certify {splits.certify:,}, test {splits.test:,}; seed {splits.seed}"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.measured.versions.items())
+    lines.append(f"  created        {manifest.measured.created} with {versions}")
+    lines += ["", "Plans"]
+    for index, plan in enumerate(manifest.plans):
+        limits = ", ".join("never" if limit is None else f"{limit:.4f}" for limit in plan.thresholds)
+        mark = "*" if index == manifest.default_plan else " "
+        lines.append(f"  {mark} tolerance {percent(plan.tolerance, 2)}, {plan.policy}: {limits or 'no exit'}")
+    lines += ["", f"Files in {artifact.path}, all checked"]
+    lines += [
+        f"  {name:<28} {human(spec.size):>8}B  sha256 {spec.sha256[:16]}"
+        for name, spec in manifest.all_files().items()
+    ]
+    return "\n".join(lines)
+
+
+def _configure_run(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Answer every row of a data set with an artifact."
+    parser.epilog = "The output holds classes, probabilities, exits and confidence, one entry per row."
+    parser.add_argument("artifact", metavar="ARTIFACT", help="directory or zip that compile wrote")
+    parser.add_argument(
+        "--data", required=True, metavar="D", help="a .npy, .npz, folder of images or package.module:callable"
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="NPZ", help="file to write the answers to")
+    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="rows at a time (default 32)")
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads per stage (default: physical cores)"
+    )
+    parser.add_argument(
+        "--providers", metavar="P,...", help="ONNX Runtime providers in order (default: CUDA if there, CPU)"
+    )
+    parser.add_argument(
+        "--preprocess",
+        metavar="STEPS",
+        help="for a folder of images, like resize=256,crop=224,std=0.5 (default: the artifact's own)",
+    )
+    parser.add_argument(
+        "--labels",
+        choices=["folders"],
+        help="take labels from the folders' names, for a folder with one sub-folder per class",
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    out = Path(args.output)
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(f"{out}: is a folder or lies in none; give a file name in a folder that exists")
+    providers = args.providers.split(",") if args.providers else None
+    with load(args.artifact, providers=providers, threads=args.threads) as session:
+        folder = Path(args.data).is_dir()
+        preprocessing = args.preprocess or (session.manifest.preprocessing if folder else None)
+        rows = open_data(args.data, inputs=session.inputs, preprocessing=preprocessing, labels=args.labels)
+        arrays, seconds = _answer(session, rows, args.batch)
+        write_arrays(out, arrays)
+        _say(_report(arrays, rows.labels, session.exits, seconds))
+    _say(f"answers in {out}")
+    return 0
+
+
+def _answer(session: Session, rows: Rows, size: int) -> tuple[dict[str, np.ndarray], float]:
+    """-> the answers to all rows, and the seconds spent in the session, reading not included."""
+    answers = []
+    seconds = 0.0
+    for _, batch in _progress(batches(rows, size), -(-len(rows) // size)):
+        start = time.perf_counter()
+        answers.append(session.run(batch))
+        seconds += time.perf_counter() - start
+    names = ("classes", "probabilities", "exits", "confidence")
+    return {name: np.concatenate([getattr(answer, name) for answer in answers]) for name in names}, seconds
+
+
+def _report(arrays: dict[str, np.ndarray], labels: np.ndarray | None, exits: int, seconds: float) -> str:
+    rows = len(arrays["classes"])
+    lines = [f"{rows:,} rows, {seconds / rows * 1e3:.4f} ms per row"]
+    for index, count in enumerate(np.bincount(arrays["exits"], minlength=exits)):
+        lines.append(f"  exit {index}  {count:>9,} rows  {percent(count / rows):>7}")
+    if labels is not None:
+        lines.append(f"  agrees with the labels on {percent(float((arrays['classes'] == labels).mean()), 2)}")
+    return "\n".join(lines)
+
+
+def _progress(steps: Iterator[Any], total: int) -> Iterator[Any]:
+    """A bar on stderr for what takes longer than two seconds, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return steps
+    bar: Iterator[Any] = tqdm(
+        steps, total=total, unit="batch", delay=2, leave=False, disable=not sys.stderr.isatty()
+    )
+    return bar
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+INSPECT = Command(
+    "show what an artifact is, what it saved, and check every file", _configure_inspect, _inspect
+)
+RUN = Command("answer a data set with an artifact", _configure_run, _run)
