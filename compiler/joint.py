@@ -10,12 +10,12 @@ best prefix of its rows by descending confidence: answering row r there gains
     (cost of continuing - cost here) + λ (risk on continuing - risk here),
 
 the head is paid by every row that arrives, and both are one cumulative sum. λ is bisected until the limit
-binds. A Lagrangian only finds plans on the lower hull, so the leftover budget is then spent by moves that hold
-the limit themselves: re-cut one exit, or disturb one exit and re-cut another.
+binds. A Lagrangian only finds plans on the lower hull, so the leftover budget is then spent by moves that
+hold the limit themselves: re-cut one exit, or disturb one exit and re-cut another.
 
 Everything is deterministic. Costs are rounded to integers and risks up to multiples of 2^-20, so the sums are
-exact in float64 and the order of the rows cannot decide between two plans. Not refused here: anything; the
-callers in `thresholds.py` check what a person passes in.
+exact in float64 and the order of the rows cannot decide between two plans. Nothing is refused here:
+`thresholds.py` checks what a person passes in.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RISK_UNITS = 2**20
 _EXACT = 2**52  # float64 integers stay exact below this
 _BISECTIONS = 12
 _SWEEPS = 12
-_WORK = 1.2e8  # (rows + overhead) x candidates the moves may scan; bounds the time, not the clock, so repeatable
+_WORK = 1.2e8  # (rows + overhead) x candidates that the pair moves may scan: a clock that repeats itself
 _OVERHEAD = 2000  # rows that a numpy call's fixed price is worth
 
 
@@ -84,12 +84,12 @@ class _Problem:
 
     @property
     def rows(self) -> int:
-        return self.risk.shape[1]
+        return int(self.risk.shape[1])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Move:
-    cost: float
+    cost: float  # of the whole plan once exit `exit` is cut at `cut`
     exit: int
     cut: int
 
@@ -110,15 +110,12 @@ def search(
     total = float(segment.sum())
     up = np.ascontiguousarray(np.ceil(risk.T * _RISK_UNITS) / _RISK_UNITS)
     rows = len(risk)
-    limit = np.floor(tolerance * rows * _RISK_UNITS) / _RISK_UNITS
-    if (np.floor(limit) + 1) / rows <= tolerance:  # 0.29 * 100 is 28.999...
-        limit = np.floor(limit) + 1
     problem = _Problem(
         columns,
         up,
         np.rint(np.cumsum(segment) / total * _COST_UNITS),
         np.rint(np.minimum(head / total, 2.0) * _COST_UNITS),  # dearer than the backbone is never chosen
-        float(limit),
+        _limit(tolerance, rows),
     )
     nothing = np.zeros(len(columns), np.int64)
     everything = np.full(len(columns), rows, np.int64)
@@ -138,12 +135,24 @@ def search(
     ranked = sorted(found.items(), key=lambda item: (item[1][0], item[0]))
     best_cost, best = ranked[0][1]
     work = _WORK
-    for _, (_, cuts) in ranked[:3]:
-        cuts, work = _exchange(problem, cuts, work)
+    for _, (_, filled) in ranked[:3]:
+        cuts, work = _exchange(problem, filled, work)
         cost = _evaluate(problem, cuts)[0]
         if cost < best_cost:
             best_cost, best = cost, cuts
     return best
+
+
+def _limit(tolerance: float, rows: int) -> float:
+    """The largest multiple of 2^-20 whose quotient by `rows` is within the tolerance, near whole numbers too.
+
+    0.29 x 100 is 28.999... though 29 / 100 <= 0.29, and other products round up to a whole number too many.
+    """
+    limit = np.floor(tolerance * rows * _RISK_UNITS) / _RISK_UNITS
+    whole = np.rint(limit)
+    if whole / rows <= tolerance:
+        return float(max(limit, whole))
+    return float(min(limit, whole - 1 / _RISK_UNITS))
 
 
 def _first_exit(problem: _Problem, cuts: Ints) -> NDArray[np.int16]:
@@ -203,9 +212,7 @@ def _descend(problem: _Problem, cuts: Ints, weight: float) -> Ints:
     return cuts
 
 
-def _bisect(
-    problem: _Problem, start: Ints, low: float, high: float, steps: int
-) -> tuple[list[Ints], float]:
+def _bisect(problem: _Problem, start: Ints, low: float, high: float, steps: int) -> tuple[list[Ints], float]:
     """Plans on both sides of the λ = 2^x at which the limit starts to bind, low <= x <= high, and that x."""
     within = beyond = None
     cuts = start
@@ -220,7 +227,7 @@ def _bisect(
 
 
 def _moves(problem: _Problem, cuts: Ints, kept: int = -1) -> Iterator[_Move]:
-    """For each exit but `kept`: the cheapest cut that holds the limit while all others stay, if there is one."""
+    """For each exit but `kept`: the cheapest cut that holds the limit while the others stay, if any does."""
     first = _first_exit(problem, cuts)
     cost_now, risk_now = _evaluate(problem, cuts, first)
     cost_on = np.full(problem.rows, problem.reach[-1])
@@ -272,7 +279,7 @@ def _fill(problem: _Problem, cuts: Ints) -> Ints | None:
 
 
 def _exchange(problem: _Problem, cuts: Ints, work: float) -> tuple[Ints, float]:
-    """Disturb one exit, answer with the best cut of another; repeat until no pair helps or the work is used."""
+    """Disturb one exit, answer with the best cut of another; until no pair helps or the work is used up."""
     cost = _evaluate(problem, cuts)[0]
     price = (problem.rows + _OVERHEAD) * len(cuts)
     improved = True
@@ -299,11 +306,11 @@ def _disturbances(problem: _Problem, cuts: Ints) -> Iterator[tuple[int, int]]:
         entry = problem.columns[i]
         rows, places, ends = _arrivals(entry, first >= i)
         lost = np.cumsum(problem.risk[i, rows])[places]
-        corners = ends[np.diff(lost, append=np.inf) > 0]  # between two errors only the longest prefix is worth it
+        corners = ends[
+            np.diff(lost, append=np.inf) > 0
+        ]  # between two errors only the longest prefix is worth it
         at = int(np.searchsorted(corners, cut))
-        steps = [2**k for k in range(max(1, int(len(corners)).bit_length()))]
-        tried = {0} if cut else set()
-        for step in steps:
-            tried |= {int(corners[p]) for p in (at - step, at + step) if 0 <= p < len(corners)}
+        steps = [2**k for k in range(len(corners).bit_length())]
+        near = (at + sign * step for step in steps for sign in (-1, 1))
+        tried = {0, *(int(corners[place]) for place in near if 0 <= place < len(corners))}
         yield from ((i, other) for other in sorted(tried - {cut}))
-

@@ -9,8 +9,8 @@ Policies: `geometric` (the paper's: exit n gets tolerance / 2^n by Eq. 3, the su
 `equal` (the same budget for each exit) and `joint` (subset and thresholds together, see `joint.py`). All keep
 the tolerance on the rows they were selected on, and on no others: that is what the certificate is for.
 
-Refused: a tolerance outside [0, 1] and an unknown policy (UsageError); records or costs that are empty, of the
-wrong shape or type, not finite or out of range (InputError).
+Refused: a tolerance outside [0, 1] and an unknown policy (UsageError); records or costs that are empty, of
+the wrong shape or type, not finite or out of range (InputError).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from offramp.compiler.joint import Column, Floats, Ints, column, search
 from offramp.runtime.errors import InputError, UsageError
+
+from .joint import Column, Floats, Ints, column, search
 
 EXHAUSTIVE = 12  # candidates up to which every subset is scored
 
@@ -40,21 +40,27 @@ class Records:
     def __post_init__(self) -> None:
         conf, agrees = self.confidence, self.agrees
         if conf.ndim != 2 or 0 in conf.shape:
-            raise InputError(f"records: confidence is {list(conf.shape)}; give [rows, candidates], neither of them 0")
+            raise InputError(
+                f"records: confidence is {list(conf.shape)}; give [rows, candidates], neither of them 0"
+            )
         if agrees.shape != conf.shape:
-            raise InputError(f"records: agrees is {list(agrees.shape)}, confidence {list(conf.shape)}; make them alike")
+            raise InputError(
+                f"records: agrees is {list(agrees.shape)}, confidence {list(conf.shape)}; make them alike"
+            )
         if conf.dtype != np.float32 or agrees.dtype != np.bool_:
-            raise InputError(f"records: confidence is {conf.dtype}, agrees {agrees.dtype}; cast to float32 and bool")
+            raise InputError(
+                f"records: confidence is {conf.dtype}, agrees {agrees.dtype}; cast to float32 and bool"
+            )
         if not ((conf >= 0) & (conf <= 1)).all():
             raise InputError("records: a confidence is outside [0, 1] or not a number; record probabilities")
 
     @property
     def rows(self) -> int:
-        return self.confidence.shape[0]
+        return int(self.confidence.shape[0])
 
     @property
     def candidates(self) -> int:
-        return self.confidence.shape[1]
+        return int(self.confidence.shape[1])
 
     @property
     def risk(self) -> Floats:
@@ -66,18 +72,22 @@ class Records:
 class Costs:
     """Compute per row, in FLOPs or milliseconds: any one unit."""
 
-    segment: Floats  # [candidates + 1] from the candidate before (or the input) to this one; last: to the output
+    segment: (
+        Floats  # [candidates + 1] from the candidate before (or the input) to this one; last: to the output
+    )
     head: Floats  # [candidates]
 
     def __post_init__(self) -> None:
         for name, values in (("segment", self.segment), ("head", self.head)):
             if values.ndim != 1 or values.dtype != np.float64:
-                raise InputError(f"costs: {name} is {values.dtype} {list(values.shape)}; give a float64 vector")
+                raise InputError(
+                    f"costs: {name} is {values.dtype} {list(values.shape)}; give a float64 vector"
+                )
             if not (np.isfinite(values) & (values >= 0)).all():
                 raise InputError(f"costs: {name} has a negative or non-finite entry; measure it again")
         if len(self.segment) != len(self.head) + 1:
             raise InputError(
-                f"costs: {len(self.segment)} segments for {len(self.head)} heads; give one segment more than heads"
+                f"costs: {len(self.segment)} segments for {len(self.head)} heads; give one segment more"
             )
 
     @property
@@ -106,7 +116,9 @@ def exits_taken(records: Records, chosen: Sequence[int], thresholds: Sequence[fl
     return taken
 
 
-def expected_cost(records: Records, costs: Costs, chosen: Sequence[int], thresholds: Sequence[float]) -> float:
+def expected_cost(
+    records: Records, costs: Costs, chosen: Sequence[int], thresholds: Sequence[float]
+) -> float:
     """Mean compute of a row, in the unit of `costs`."""
     leaving = np.bincount(exits_taken(records, chosen, thresholds), minlength=len(chosen) + 1)
     heads = np.cumsum(np.append(0.0, costs.head[list(chosen)]))
@@ -115,7 +127,7 @@ def expected_cost(records: Records, costs: Costs, chosen: Sequence[int], thresho
 
 
 def disagreement(records: Records, chosen: Sequence[int], thresholds: Sequence[float]) -> float:
-    """Mean risk over all rows: the share whose leaving exit does not agree with the backbone."""
+    """Mean risk over all rows, the backbone's answers having none: the share whose exit does not agree."""
     taken = exits_taken(records, chosen, thresholds)
     left = np.flatnonzero(taken < len(chosen))
     return float(records.risk[left, np.asarray(chosen, np.int64)[taken[left]]].sum()) / records.rows
@@ -130,16 +142,20 @@ def oracle_cost(records: Records, costs: Costs) -> float:
 def equation_3_threshold(confidence: NDArray[np.float32], agrees: NDArray[np.bool_], budget: float) -> float:
     """[rows], [rows] -> the smallest threshold with P(confidence >= threshold and not agrees) <= budget.
 
-    It lies midway between neighbouring confidences, never on one: another backend reproduces a confidence only
-    to about 1e-6. Equal confidences go together. inf when no row may leave; a little below the smallest
-    confidence when all may.
+    It lies midway between neighbouring confidences, never on one: another backend reproduces a confidence
+    only to about 1e-6. Equal confidences go together. inf when no row may leave; a little below the smallest
+    confidence when all may. Refused: a budget outside [0, 1].
     """
+    if not 0 <= budget <= 1:
+        raise UsageError(f"budget {budget} is not a share of the rows; give a number from 0 to 1")
     records = Records(confidence[:, None], agrees[:, None])
     entry = column(records.confidence[:, 0], records.risk[:, 0])
     return entry.threshold(entry.longest(budget))
 
 
-def equation_4_score(records: Records, costs: Costs, chosen: Sequence[int], thresholds: Sequence[float]) -> float:
+def equation_4_score(
+    records: Records, costs: Costs, chosen: Sequence[int], thresholds: Sequence[float]
+) -> float:
     """K = sum over exits of |hits| (C2 - C1) - |misses| C1: compute saved on all rows against no exits.
 
     C1 is the head's compute, C2 that of the backbone behind it; hits and misses are counted among the rows
@@ -152,12 +168,12 @@ def equation_4_score(records: Records, costs: Costs, chosen: Sequence[int], thre
 
 
 def geometric(records: Records, costs: Costs, tolerance: float) -> Selection:
-    """The paper's policy: exit n of the subset gets tolerance / 2^n by Eq. 3, the subset the best K of Eq. 4."""
+    """The paper's policy: exit n of the subset gets tolerance / 2^n by Eq. 3, the best subset by Eq. 4."""
     return _checked("geometric", records, costs, tolerance, _geometric)
 
 
 def equal(records: Records, costs: Costs, tolerance: float) -> Selection:
-    """Every exit of the subset gets the same budget by Eq. 3, the subset the best K of Eq. 4."""
+    """Every exit of the subset gets the same budget by Eq. 3, the best subset by Eq. 4."""
     return _checked("equal", records, costs, tolerance, _equal)
 
 
@@ -215,11 +231,11 @@ def _checked(
     tolerance: float,
     find: Callable[[Records, Costs, tuple[Column, ...], float], Ints],
 ) -> Selection:
-    if not 0 <= tolerance <= 1:
+    if not 0 <= tolerance <= 1:  # nor not a number
         raise UsageError(f"tolerance {tolerance} is not a share of the rows; give a number from 0 to 1")
     if len(costs.head) != records.candidates:
         raise InputError(
-            f"costs: {len(costs.head)} heads for {records.candidates} recorded candidates; cost the same candidates"
+            f"costs: {len(costs.head)} heads for {records.candidates} recorded candidates; cost the same ones"
         )
     risk = records.risk
     columns = tuple(column(records.confidence[:, i], risk[:, i]) for i in range(records.candidates))
@@ -235,16 +251,18 @@ def _checked(
     )
 
 
-Budget = Callable[[float, int, int], float]  # (tolerance, n, exits in the subset) -> budget of the n-th, from 1
+Budget = Callable[
+    [float, int, int], float
+]  # (tolerance, n, exits in the subset) -> budget of the n-th, from 1
 
 
 def _within(
     records: Records, costs: Costs, columns: tuple[Column, ...], tolerance: float, budget: Budget
 ) -> Ints:
-    """The best subset's cuts. Budgets that sum to the tolerance only up to rounding are drawn in by an ulp."""
+    """The best subset's cuts. Budgets that exceed the tolerance by rounding are drawn in by an ulp."""
     asked = tolerance
     while True:
-        cuts = _best_subset(records, costs, columns, lambda n, size, asked=asked: budget(asked, n, size))
+        cuts = _best_subset(records, costs, columns, functools.partial(budget, asked))
         if disagreement(records, *_plan(columns, cuts)) <= tolerance:
             return cuts
         asked = float(np.nextafter(asked, 0.0))
@@ -256,9 +274,10 @@ def _best_subset(
     """Cuts [candidates] of the subset with the highest K; of equals, the one with fewer exits.
 
     Sets of rows are Python integers, a bit each: the rows behind an exit are one and-not, their number one
-    bit count, so a subset of 100,000 rows is scored in microseconds.
+    bit count, so a subset is scored on 100,000 rows in microseconds.
     """
-    fallback, everyone = costs.reach[-1] - costs.reach, (1 << records.rows) - 1
+    fallback = costs.reach[-1] - costs.reach
+    everyone = (1 << records.rows) - 1 << -records.rows % 8  # packbits pads its last byte on the low side
     cut_of: dict[tuple[int, float], int] = {}
     stay_of: dict[tuple[int, int], int] = {}
 
@@ -273,9 +292,6 @@ def _best_subset(
             stay[columns[i].order[:length]] = False
             stay_of[i, length] = int.from_bytes(np.packbits(stay).tobytes(), "big")
         return stay_of[i, length]
-
-    # packbits pads the last byte with zeros on the low side.
-    everyone <<= -records.rows % 8
 
     @functools.cache
     def score(subset: tuple[int, ...]) -> float:

@@ -1,0 +1,84 @@
+"""What a batch is refused for, and that the message names the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from offramp.runtime import InputError, TensorSpec
+from offramp.runtime.inputs import check_batch, check_finite
+
+IMAGES = (TensorSpec("x", "float32", ("batch", 3, "side", "side")),)
+TOKENS = (TensorSpec("ids", "int64", ("batch", "length")), TensorSpec("mask", "int64", ("batch", "length")))
+
+
+def image(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+def ids(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.int64)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (image(2, 4, 8, 8), r"input 'x' has shape \(2, 4, 8, 8\), the model takes \(batch, 3, side, side\)"),
+        (image(2, 3, 8), r"input 'x' has shape \(2, 3, 8\)"),
+        (image(3), "input 'x' has shape"),
+        (np.array(1, np.float32), "input 'x' has shape"),
+        (image(2, 3, 8, 9), "inputs disagree on 'side': 8 in 'x', 9 in 'x'"),
+        (image(2, 3, 8, 8).astype(np.float64), r"is float64, the model takes float32; .*astype\('float32'\)"),
+        (image(2, 3, 8, 8).astype(">f4"), "is >f4"),
+        (image(2, 3, 8, 8).astype(object), "is object"),
+        ([[1.0]], "is a list; pass a numpy array"),
+        ({"x": [1.0]}, "input 'x' is a list"),
+        ({}, "missing: x; the model takes x"),
+        ({"x": image(1, 3, 8, 8), "y": image(1)}, "unknown: y; the model takes x"),
+        (None, "is a NoneType"),
+    ],
+)
+def test_a_single_input_is_refused(batch: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_batch(batch, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (ids(2, 8), "takes 2 inputs; pass a dict with ids, mask"),
+        ({"ids": ids(2, 8)}, "missing: mask"),
+        ({"ids": ids(2, 8), "mask": ids(3, 8)}, "disagree on 'batch': 2 in 'ids', 3 in 'mask'"),
+        ({"ids": ids(2, 8), "mask": ids(2, 9)}, "disagree on 'length': 8 in 'ids', 9 in 'mask'"),
+    ],
+)
+def test_several_inputs_are_refused(batch: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_batch(batch, TOKENS)
+
+
+def test_several_inputs_come_back_in_the_model_s_order() -> None:
+    arrays, rows = check_batch({"mask": ids(2, 5), "ids": ids(2, 5)}, TOKENS)
+    assert list(arrays) == ["ids", "mask"]
+    assert rows == 2
+
+
+@given(
+    rows=st.integers(1, 20),
+    data=st.data(),
+    bad=st.sampled_from([np.nan, np.inf, -np.inf]),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+)
+def test_the_first_row_that_is_not_finite_is_named(
+    rows: int, data: st.DataObject, bad: float, dtype: Any
+) -> None:
+    places = data.draw(st.lists(st.tuples(st.integers(0, rows - 1), st.integers(0, 5)), min_size=1))
+    values = np.full((rows, 2, 3), np.finfo(dtype).max, dtype)
+    check_finite(values, "x")
+    for row, place in places:
+        values[row].reshape(-1)[place] = bad
+    with pytest.raises(InputError, match=rf"'x' holds NaN or infinity, first in row {min(places)[0] + 100};"):
+        check_finite(values, "x", first_row=100)

@@ -1,0 +1,231 @@
+"""A session's answers against the same program in numpy, in both forms of the artifact."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from offramp.runtime import Answers, Session, UsageError, load
+from offramp.runtime.engine import EngineSession
+from tiny import CLASSES, INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all
+
+PLANS = {
+    "all at the first": (0.0, 0.0),
+    "none": (INF, INF),
+    "only the second": (INF, 0.0),
+    "second never": (0.55, INF),
+    "mixed": THRESHOLDS,
+    "above one": (2.0, 2.0),
+}
+SIZES = (0, 1, 3, 32, 257)
+
+
+@pytest.fixture(scope="module", params=["segments", "single-file"])
+def session(tiny: Tiny, request: pytest.FixtureRequest) -> Session:
+    form: Literal["segments", "single-file"] = request.param
+    return load(tiny.path, threads=1, executor=form)
+
+
+def assert_reference(answers: Answers, rows: dict[str, np.ndarray], thresholds: tuple[float, ...]) -> None:
+    probabilities, exits = reference(rows, thresholds)
+    sure = ~doubtful(rows, thresholds)
+    assert sure.sum() >= 0.9 * len(sure)
+    np.testing.assert_array_equal(answers.exits[sure], exits[sure])
+    np.testing.assert_allclose(answers.probabilities[sure], probabilities[sure], atol=1e-5)
+    np.testing.assert_array_equal(answers.classes, answers.probabilities.argmax(axis=1))
+    np.testing.assert_array_equal(answers.confidence, answers.probabilities.max(axis=1, initial=-1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_run_gives_the_reference_answers(session: Session, plan: str, size: int) -> None:
+    rows = batch(size, seed=size)
+    answers = session.run(rows, thresholds=PLANS[plan])
+    assert_reference(answers, rows, PLANS[plan])
+    kinds = [
+        answers.classes.dtype,
+        answers.probabilities.dtype,
+        answers.exits.dtype,
+        answers.confidence.dtype,
+    ]
+    assert kinds == [np.int64, np.float32, np.int64, np.float32]
+    assert answers.probabilities.shape == (size, CLASSES)
+
+
+def test_the_mixed_plan_uses_every_exit() -> None:
+    assert np.bincount(reference(batch(257), THRESHOLDS)[1], minlength=3).min() >= 10
+
+
+def test_run_takes_the_thresholds_of_the_default_plan(session: Session) -> None:
+    assert_reference(session.run(batch(64)), batch(64), THRESHOLDS)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_stream_and_on_exit_hand_over_each_row_once(session: Session, plan: str, size: int) -> None:
+    rows = batch(size, seed=size)
+    whole = session.run(rows, thresholds=PLANS[plan])
+    told: list[tuple[np.ndarray, Answers]] = []
+    session.run(rows, thresholds=PLANS[plan], on_exit=lambda *leaving: told.append(leaving))
+    for parts in (list(session.stream(rows, thresholds=PLANS[plan])), told):
+        shallowest_first = [int(answers.exits[0]) for _, answers in parts]
+        assert shallowest_first == sorted(set(shallowest_first))
+        seen = np.concatenate([indices for indices, _ in parts]) if parts else np.empty(0, np.int64)
+        assert seen.dtype == np.int64
+        np.testing.assert_array_equal(np.sort(seen), np.arange(size))
+        for indices, answers in parts:
+            np.testing.assert_array_equal(answers.exits, whole.exits[indices])
+            np.testing.assert_array_equal(answers.probabilities, whole.probabilities[indices])
+            np.testing.assert_array_equal(answers.classes, whole.classes[indices])
+            np.testing.assert_array_equal(answers.confidence, whole.confidence[indices])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_run_all_gives_every_exit_for_every_row(session: Session, size: int) -> None:
+    rows = batch(size, seed=size)
+    everything = session.run_all(rows)
+    assert everything.probabilities.shape == (3, size, CLASSES)
+    assert everything.classes.dtype == np.int64
+    np.testing.assert_allclose(everything.probabilities, reference_all(rows), atol=1e-5)
+    np.testing.assert_array_equal(everything.classes, everything.probabilities.argmax(axis=2))
+    np.testing.assert_array_equal(everything.confidence, everything.probabilities.max(axis=2, initial=-1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.integers(1, 40),
+    thresholds=st.tuples(*[st.floats(0, 1, width=32) | st.just(INF)] * 2),
+)
+def test_a_row_does_not_depend_on_its_neighbours(
+    session: Session, seed: int, size: int, thresholds: tuple[float, float]
+) -> None:
+    rows = batch(size, seed)
+    sure = ~doubtful(rows, thresholds)
+    together = session.run(rows, thresholds=thresholds)
+    order = np.random.default_rng(seed).permutation(size)
+    shuffled = session.run({name: value[order] for name, value in rows.items()}, thresholds=thresholds)
+    alone = [
+        session.run({name: value[i : i + 1] for name, value in rows.items()}, thresholds=thresholds)
+        for i in range(size)
+    ]
+    for position, row in enumerate(order):
+        if sure[row]:
+            assert shuffled.exits[position] == together.exits[row] == alone[row].exits[0]
+            np.testing.assert_allclose(
+                shuffled.probabilities[position], together.probabilities[row], atol=1e-5
+            )
+            np.testing.assert_allclose(alone[row].probabilities[0], together.probabilities[row], atol=1e-5)
+
+
+class Count:
+    """Names of the models run, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        original = EngineSession.run
+
+        def run(engine: EngineSession, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+            self.names.append(f"{Path(engine.name).name}:{len(next(iter(feed.values())))}")
+            return original(engine, outputs, feed)
+
+        monkeypatch.setattr(EngineSession, "run", run)
+
+
+def test_a_stage_runs_only_when_its_rows_are_asked_for(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = Count(monkeypatch)
+    rows = batch(64)
+    exits = reference(rows, THRESHOLDS)[1]
+    stream = load(tiny.path, threads=1).stream(rows)
+    assert count.names == []
+    next(stream)
+    assert count.names == ["0.onnx:64"]
+    next(stream)
+    assert count.names == ["0.onnx:64", f"1.onnx:{(exits > 0).sum()}"]
+    next(stream)
+    assert count.names[2:] == [f"2.onnx:{(exits > 1).sum()}"]
+    assert next(stream, None) is None
+
+
+def test_no_stage_runs_once_all_rows_left(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = Count(monkeypatch)
+    load(tiny.path, threads=1).run(batch(8), thresholds=(0.0, 0.0))
+    assert count.names == ["0.onnx:8"]
+
+
+def test_no_rows_never_reach_onnxruntime(
+    tiny: Tiny, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = Count(monkeypatch)
+    session.run(batch(0))
+    session.run_all(batch(0))
+    assert list(session.stream(batch(0))) == []
+    assert count.names == []
+
+
+def test_the_caller_s_arrays_are_left_alone(session: Session) -> None:
+    rows = batch(33)
+    before = {name: value.copy() for name, value in rows.items()}
+    session.run(rows)
+    session.run_all(rows)
+    for name, value in rows.items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_threads_may_share_a_session(session: Session) -> None:
+    wrong: list[str] = []
+
+    def answer(seed: int) -> None:
+        for size in (1, 7, 32):
+            rows = batch(size, seed)
+            if not np.array_equal(session.run(rows).exits, reference(rows, THRESHOLDS)[1]):
+                wrong.append(f"seed {seed}, size {size}")
+
+    seeds = [
+        seed for seed in range(40) if not any(doubtful(batch(s, seed), THRESHOLDS).any() for s in (1, 7, 32))
+    ]
+    workers = [threading.Thread(target=answer, args=(seed,)) for seed in seeds[:8]]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(workers) == 8
+    assert wrong == []
+
+
+def test_properties_say_what_the_manifest_says(tiny: Tiny, session: Session) -> None:
+    assert session.manifest == tiny.manifest
+    assert session.inputs == tiny.manifest.inputs
+    assert (session.classes, session.exits) == (CLASSES, 3)
+
+
+def test_a_closed_session_refuses(tiny: Tiny) -> None:
+    with load(tiny.path, threads=1) as session:
+        session.run(batch(1))
+    with pytest.raises(UsageError, match="closed; load"):
+        session.run(batch(1))
+
+
+@pytest.mark.parametrize(
+    "thresholds", [(0.5,), (0.5, 0.5, 0.5), (float("nan"), 0.5), ("high", 0.5), 0.5, ((0.5,), (0.5,))]
+)
+def test_thresholds_that_do_not_fit_are_refused(session: Session, thresholds: tuple[float, ...]) -> None:
+    with pytest.raises(UsageError, match=r"give 2"):
+        session.run(batch(1), thresholds=thresholds)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+def test_a_thread_count_that_is_none_is_refused(tiny: Tiny, threads: int) -> None:
+    with pytest.raises(UsageError, match="threads is"):
+        load(tiny.path, threads=threads)
+
+
+def test_two_threads_and_the_default_give_the_same_answers(tiny: Tiny) -> None:
+    for threads in (2, None):
+        with load(tiny.path, threads=threads) as session:
+            assert_reference(session.run(batch(64)), batch(64), THRESHOLDS)
