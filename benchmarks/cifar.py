@@ -67,7 +67,8 @@ class CifarResNet(nn.Module):
         """[B, 3, 32, 32] -> logits [B, 10]."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
+        logits: torch.Tensor = self.linear(x.mean((2, 3)))
+        return logits
 
 
 def resnet20() -> CifarResNet:

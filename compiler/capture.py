@@ -102,7 +102,7 @@ def _export(model: nn.Module, example: Mapping[str, torch.Tensor], title: str) -
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return torch.export.export(model, arguments, keywords, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # noqa: BLE001  torch.export runs the user's code, which may raise anything
+    except Exception as error:
         raise ModelError(f"{title} cannot be exported: {_first_lines(error)}") from error
     finally:
         for module, flag in training.items():
@@ -169,7 +169,9 @@ def _attach(root: nn.Module, target: str, value: Any) -> None:
 def _one_tensor(outputs: Any, new: Mapping[fx.Node, fx.Node], title: str) -> fx.Node:
     values = [o for o in outputs if isinstance(o, fx.Node)]
     if len(values) != 1:
-        raise ModelError(f"{title} returns {len(values)} values; wrap it so that it returns one tensor of scores [B, K]")
+        raise ModelError(
+            f"{title} returns {len(values)} values; wrap it so that it returns one tensor of scores [B, K]"
+        )
     return new[values[0]]
 
 
@@ -220,9 +222,7 @@ def _run(module: fx.GraphModule, arguments: tuple[torch.Tensor, ...], title: str
     return scores
 
 
-def _check_rows(
-    module: fx.GraphModule, arguments: tuple[torch.Tensor, ...], scores: torch.Tensor, title: str
-) -> None:
+def _check_rows(module: fx.GraphModule, arguments: tuple[torch.Tensor, ...], scores: torch.Tensor, title: str) -> None:
     """A batch, then a permuted part of it: the same rows must get the same scores."""
     count = len(scores)
     order = torch.arange(count).flip(0)[: max(1, count // 2)]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from offramp.passes import Backbone, Candidate, probabilities
+from offramp.passes import Backbone, Candidate, probabilities, row_shape
 from offramp.passes.taps import tap
 from offramp.runtime.data import Rows
 
@@ -59,16 +58,12 @@ class Head:
         return sum(p.numel() for p in self.module.parameters())
 
 
-def value_shape(backbone: Backbone, candidate: Candidate) -> tuple[int, ...]:
-    """The cut's shape without the batch; a dimension that varies has its captured size."""
-    node = next(n for n in backbone.graph.nodes if n.name == candidate.name)
-    sizes = node.meta["val"].shape[1:]
-    return tuple(int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in sizes)
-
-
-def default_heads(backbone: Backbone, candidates: Sequence[Candidate], total_flops: float) -> dict[str, HeadConfig]:
+def default_heads(backbone: Backbone, candidates: Sequence[Candidate]) -> dict[str, HeadConfig]:
     """The default head of every candidate, by candidate name."""
-    return {c.name: default_head(value_shape(backbone, c), backbone.classes, total_flops) for c in candidates}
+    return {
+        c.name: default_head(row_shape(backbone, c.name), backbone.classes, c.flops_before + c.flops_after)
+        for c in candidates
+    }
 
 
 def distil(
@@ -128,7 +123,7 @@ class _Trainer:
         for index, candidate in enumerate(candidates):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_mix(seed, index))
-                shape = value_shape(backbone, candidate)
+                shape = row_shape(backbone, candidate.name)
                 self.modules.append(build_head(configs[candidate.name], shape, backbone.classes))
         self.optimiser = torch.optim.AdamW(
             self.modules.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
@@ -216,7 +211,7 @@ class _Trainer:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         torch.save(state, partial)
-        os.replace(partial, path)
+        partial.replace(path)
 
     def resume(self, path: Path) -> int:
         """Epochs done according to the checkpoint; 0 if there is none for this very job."""

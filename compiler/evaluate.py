@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from offramp.passes import ExitProgram, module_flops
+from offramp.passes import ExitProgram, module_flops, row_shape
 from offramp.runtime.data import Rows
 from offramp.runtime.manifest import Evaluation, ExitEvaluation
 
@@ -47,8 +47,7 @@ def run_program(program: ExitProgram, data: Rows, rows: np.ndarray) -> Outcome:
 
 def head_costs(program: ExitProgram) -> tuple[int, ...]:
     """FLOPs per row of every head."""
-    values = {n.name: n.meta["val"] for n in program.backbone.graph.nodes if "val" in n.meta}
-    shapes = [tuple(int(s.node.hint) if not isinstance(s, int) else s for s in values[e.cut].shape[1:]) for e in program.plan.exits]
+    shapes = [row_shape(program.backbone, planned.cut) for planned in program.plan.exits]
     return tuple(module_flops(h, shape) for h, shape in zip(program.heads, shapes, strict=True))
 
 

@@ -306,9 +306,7 @@ def _disturbances(problem: _Problem, cuts: Ints) -> Iterator[tuple[int, int]]:
         entry = problem.columns[i]
         rows, places, ends = _arrivals(entry, first >= i)
         lost = np.cumsum(problem.risk[i, rows])[places]
-        corners = ends[
-            np.diff(lost, append=np.inf) > 0
-        ]  # between two errors only the longest prefix is worth it
+        corners = ends[np.diff(lost, append=np.inf) > 0]  # between two errors only the longest prefix is worth it
         at = int(np.searchsorted(corners, cut))
         steps = [2**k for k in range(len(corners).bit_length())]
         near = (at + sign * step for step in steps for sign in (-1, 1))

@@ -72,7 +72,7 @@ def _load_pt2(path: Path) -> ExportedProgram:
         raise UsageError(f"model {path}: no such file")
     try:
         return torch.export.load(path)
-    except Exception as error:  # noqa: BLE001  a damaged archive fails anywhere in torch's reader
+    except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(f"model {path}: not a readable .pt2 ({reason}); save it with torch.export.save") from error
 
@@ -86,12 +86,14 @@ def _call(spec: str) -> nn.Module:
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
-        raise UsageError(f"model {spec}: cannot import {module_name} ({error}); run where it can be imported") from error
+        raise UsageError(
+            f"model {spec}: cannot import {module_name} ({error}); run where it can be imported"
+        ) from error
     except AttributeError as error:
         raise UsageError(f"model {spec}: {module_name} has no {attribute}") from error
     try:
         model = found if isinstance(found, nn.Module) else found()
-    except Exception as error:  # noqa: BLE001  the user's code may raise anything
+    except Exception as error:
         raise ModelError(f"model {spec} cannot be built: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {spec} gives {type(model).__name__}, not a torch.nn.Module")

@@ -36,11 +36,13 @@ class Recording:
     @property
     def backbone_classes(self) -> np.ndarray:
         """[rows] int64."""
-        return self.backbone.argmax(1)
+        found: np.ndarray = self.backbone.argmax(1)
+        return found
 
     def classes(self) -> np.ndarray:
         """[rows, candidates] int64; temperature does not change them."""
-        return self.logits.argmax(2).T
+        found: np.ndarray = self.logits.argmax(2).T
+        return found
 
     def confidence(self, temperatures: Sequence[float], metric: str) -> np.ndarray:
         """[rows, candidates] float32, computed as the exit program computes it."""
@@ -73,15 +75,19 @@ def calibrate(recording: Recording) -> tuple[float, ...]:
     """Temperature per head: the one under which its confidence best predicts agreement with the backbone.
 
     Temperature scaling (Guo et al. 2017) with the backbone's class in the label's place: least negative
-    log-likelihood, searched over log T in [log 0.05, log 20].
+    log-likelihood, searched over log T in [log 0.05, log 20]. Targets are smoothed as Platt (1999) does, by
+    1 / (rows + 2): a head that agrees on every row is sure, but no surer than that many rows can tell.
     """
     target = torch.from_numpy(recording.backbone_classes)
     return tuple(_fit_temperature(torch.from_numpy(logits), target) for logits in recording.logits)
 
 
 def _fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
+    smoothing = 1 / (len(target) + 2)
+
     def loss(log_t: float) -> float:
-        return float(F.cross_entropy(logits.double() / float(np.exp(log_t)), target))
+        scaled = logits.double() / float(np.exp(log_t))
+        return float(F.cross_entropy(scaled, target, label_smoothing=smoothing))
 
     found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-4})
     return float(np.float32(np.exp(found.x)))

@@ -29,12 +29,16 @@ TOLERANCES = (0.0, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05)
 def render_report(manifest: Manifest, selected: Records, test: Records, costs: Costs) -> bytes:
     """Manifest and the records of the selection and test rows -> the page, UTF-8."""
     template = resources.files(__package__).joinpath("report.html.j2").read_text()
-    page = Environment(autoescape=True).from_string(template).render(
-        manifest=manifest,
-        plan=manifest.plans[manifest.default_plan],
-        table=render(manifest),
-        coverage=_svg(lambda axes: _coverage(axes, manifest, test)),
-        dial=_svg(lambda axes: _dial(axes, manifest, selected, test, costs)),
+    page = (
+        Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            manifest=manifest,
+            plan=manifest.plans[manifest.default_plan],
+            table=render(manifest),
+            coverage=_svg(lambda axes: _coverage(axes, manifest, test)),
+            dial=_svg(lambda axes: _dial(axes, manifest, selected, test, costs)),
+        )
     )
     return page.encode()
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offramp.runtime.errors import InputError, UsageError
 
 from .joint import Column, Floats, Ints, column, search
@@ -40,17 +41,11 @@ class Records:
     def __post_init__(self) -> None:
         conf, agrees = self.confidence, self.agrees
         if conf.ndim != 2 or 0 in conf.shape:
-            raise InputError(
-                f"records: confidence is {list(conf.shape)}; give [rows, candidates], neither of them 0"
-            )
+            raise InputError(f"records: confidence is {list(conf.shape)}; give [rows, candidates], neither of them 0")
         if agrees.shape != conf.shape:
-            raise InputError(
-                f"records: agrees is {list(agrees.shape)}, confidence {list(conf.shape)}; make them alike"
-            )
+            raise InputError(f"records: agrees is {list(agrees.shape)}, confidence {list(conf.shape)}; make them alike")
         if conf.dtype != np.float32 or agrees.dtype != np.bool_:
-            raise InputError(
-                f"records: confidence is {conf.dtype}, agrees {agrees.dtype}; cast to float32 and bool"
-            )
+            raise InputError(f"records: confidence is {conf.dtype}, agrees {agrees.dtype}; cast to float32 and bool")
         if not ((conf >= 0) & (conf <= 1)).all():
             raise InputError("records: a confidence is outside [0, 1] or not a number; record probabilities")
 
@@ -72,23 +67,17 @@ class Records:
 class Costs:
     """Compute per row, in FLOPs or milliseconds: any one unit."""
 
-    segment: (
-        Floats  # [candidates + 1] from the candidate before (or the input) to this one; last: to the output
-    )
+    segment: Floats  # [candidates + 1] from the candidate before (or the input) to this one; last: to the output
     head: Floats  # [candidates]
 
     def __post_init__(self) -> None:
         for name, values in (("segment", self.segment), ("head", self.head)):
             if values.ndim != 1 or values.dtype != np.float64:
-                raise InputError(
-                    f"costs: {name} is {values.dtype} {list(values.shape)}; give a float64 vector"
-                )
+                raise InputError(f"costs: {name} is {values.dtype} {list(values.shape)}; give a float64 vector")
             if not (np.isfinite(values) & (values >= 0)).all():
                 raise InputError(f"costs: {name} has a negative or non-finite entry; measure it again")
         if len(self.segment) != len(self.head) + 1:
-            raise InputError(
-                f"costs: {len(self.segment)} segments for {len(self.head)} heads; give one segment more"
-            )
+            raise InputError(f"costs: {len(self.segment)} segments for {len(self.head)} heads; give one segment more")
 
     @property
     def reach(self) -> Floats:
@@ -116,9 +105,7 @@ def exits_taken(records: Records, chosen: Sequence[int], thresholds: Sequence[fl
     return taken
 
 
-def expected_cost(
-    records: Records, costs: Costs, chosen: Sequence[int], thresholds: Sequence[float]
-) -> float:
+def expected_cost(records: Records, costs: Costs, chosen: Sequence[int], thresholds: Sequence[float]) -> float:
     """Mean compute of a row, in the unit of `costs`."""
     leaving = np.bincount(exits_taken(records, chosen, thresholds), minlength=len(chosen) + 1)
     heads = np.cumsum(np.append(0.0, costs.head[list(chosen)]))
@@ -153,9 +140,7 @@ def equation_3_threshold(confidence: NDArray[np.float32], agrees: NDArray[np.boo
     return entry.threshold(entry.longest(budget))
 
 
-def equation_4_score(
-    records: Records, costs: Costs, chosen: Sequence[int], thresholds: Sequence[float]
-) -> float:
+def equation_4_score(records: Records, costs: Costs, chosen: Sequence[int], thresholds: Sequence[float]) -> float:
     """K = sum over exits of |hits| (C2 - C1) - |misses| C1: compute saved on all rows against no exits.
 
     C1 is the head's compute, C2 that of the backbone behind it; hits and misses are counted among the rows
@@ -251,14 +236,10 @@ def _checked(
     )
 
 
-Budget = Callable[
-    [float, int, int], float
-]  # (tolerance, n, exits in the subset) -> budget of the n-th, from 1
+Budget = Callable[[float, int, int], float]  # (tolerance, n, exits in the subset) -> budget of the n-th, from 1
 
 
-def _within(
-    records: Records, costs: Costs, columns: tuple[Column, ...], tolerance: float, budget: Budget
-) -> Ints:
+def _within(records: Records, costs: Costs, columns: tuple[Column, ...], tolerance: float, budget: Budget) -> Ints:
     """The best subset's cuts. Budgets that exceed the tolerance by rounding are drawn in by an ulp."""
     asked = tolerance
     while True:

@@ -8,7 +8,7 @@
 Knows graphs and nothing of training or files.
 """
 
-from .backbone import Backbone, Input, probabilities
+from .backbone import Backbone, Input, probabilities, row_shape
 from .candidates import FILTERS, Candidate, Candidates, Filter, Limits, Refusal, find_candidates
 from .contract import Pass, PassResult
 from .cuts import Cut, ValueGraph, analyse
@@ -52,6 +52,7 @@ __all__ = [
     "node_flops",
     "normalise",
     "probabilities",
+    "row_shape",
     "split",
     "violations",
 ]

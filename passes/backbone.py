@@ -82,6 +82,17 @@ def tensor_values(value: Any) -> list[torch.Tensor]:
     return []
 
 
+def captured_size(size: int | torch.SymInt) -> int:
+    """A dimension's size when the model was captured."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+def row_shape(backbone: Backbone, name: str) -> tuple[int, ...]:
+    """Shape of one row of the value `name`; a dimension that varies has its captured size."""
+    node = next(n for n in backbone.graph.nodes if n.name == name)
+    return tuple(captured_size(size) for size in node.meta["val"].shape[1:])
+
+
 def is_size(node: fx.Node) -> bool:
     """Whether the node's value is a size (or another scalar), not data."""
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)

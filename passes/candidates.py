@@ -138,7 +138,8 @@ def side_inputs(node: fx.Node, context: Context) -> str | None:
         return f"{cut.stuck[0].name} is read behind it and its dimension 0 is not the batch"
     if cut.side_bytes > context.limits.side_bytes:
         names = ", ".join(n.name for n in cut.side_inputs)
-        return f"side inputs {names} take {cut.side_bytes:,} bytes a row, over the bound of {context.limits.side_bytes:,}"
+        bound = context.limits.side_bytes
+        return f"side inputs {names} take {cut.side_bytes:,} bytes a row, over the bound of {bound:,}"
     return None
 
 
@@ -222,7 +223,7 @@ def first_level_components(values: ValueGraph) -> set[str]:
     module almost all of whose compute lies in several children of one class are looked into, and their
     children count as well.
     """
-    compute: Counter[str] = Counter()
+    compute: dict[str, float] = defaultdict(float)
     kinds: dict[str, str] = {}
     children: dict[str, dict[str, None]] = defaultdict(dict)
     for node in values.backbone.graph.nodes:

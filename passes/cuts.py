@@ -21,7 +21,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from .backbone import Backbone, is_size, tensor_values
+from .backbone import Backbone, captured_size, is_size, tensor_values
 from .flops import node_flops
 
 SOURCE = "<source>"
@@ -145,11 +145,7 @@ class ValueGraph:
     def is_compactable(self, node: fx.Node) -> bool:
         """Whether dimension 0 of the value is exactly the batch symbol."""
         value = node.meta.get("val")
-        return (
-            isinstance(value, torch.Tensor)
-            and value.dim() > 0
-            and str(value.shape[0]) == self.backbone.batch_symbol
-        )
+        return isinstance(value, torch.Tensor) and value.dim() > 0 and str(value.shape[0]) == self.backbone.batch_symbol
 
 
 def analyse(backbone: Backbone) -> ValueGraph:
@@ -199,6 +195,6 @@ def row_bytes(value: object) -> int:
     for tensor in tensor_values(value):
         elements = 1
         for size in tensor.shape[1:]:
-            elements *= int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+            elements *= captured_size(size)
         total += elements * tensor.element_size()
     return total

@@ -13,6 +13,8 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .backbone import captured_size
+
 _BATCH = 2
 
 
@@ -40,18 +42,13 @@ class _NodeCounter(fx.Interpreter):
 
 def meta_like(value: torch.Tensor, batch_symbol: str, batch: int = _BATCH) -> torch.Tensor:
     """A meta tensor shaped like a fake value: the batch symbol becomes `batch`, others their example size."""
-    shape = [
-        batch if str(size) == batch_symbol else int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-        for size in value.shape
-    ]
+    shape = [batch if str(size) == batch_symbol else captured_size(size) for size in value.shape]
     return torch.empty(shape, dtype=value.dtype, device="meta")
 
 
 def node_flops(module: fx.GraphModule, batch_symbol: str) -> dict[str, float]:
     """FLOPs per row of every node, by node name, at the sizes the model was captured with."""
-    inputs = [
-        meta_like(node.meta["val"], batch_symbol) for node in module.graph.nodes if node.op == "placeholder"
-    ]
+    inputs = [meta_like(node.meta["val"], batch_symbol) for node in module.graph.nodes if node.op == "placeholder"]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         interpreter = _NodeCounter(module, counter)
         interpreter.run(*inputs)
@@ -67,4 +64,4 @@ def module_flops(module: nn.Module, *shapes: tuple[int, ...]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(module, state, inputs)
     module.train(training)
-    return round(counter.get_total_flops() / _BATCH)
+    return int(counter.get_total_flops()) // _BATCH

@@ -31,7 +31,11 @@ IDENTITIES: frozenset[Any] = frozenset(
         aten.lift_fresh_copy.default,
     }
 )
-_TRAIN_ARGUMENT = {aten.dropout.default: 2, aten.feature_dropout.default: 2, aten.alpha_dropout.default: 2}
+_TRAIN_ARGUMENT: dict[Any, int] = {
+    aten.dropout.default: 2,
+    aten.feature_dropout.default: 2,
+    aten.alpha_dropout.default: 2,
+}
 
 
 def is_assertion(node: fx.Node) -> bool:

@@ -4,8 +4,8 @@
     confidence0 = confidence(probabilities0); (h0', side'), rows0 = exit_if(confidence0, threshold, (h0, side))
     ... output = gather((probabilities0, ...), (rows0, ...))
 
-Its eager run is the semantics every other backend is held to: a row leaves at the first exit whose confidence
-is at least the threshold, compared in float32, and the others go on in a smaller batch (the papers' batch
+Its eager run is the semantics every other backend is held to: a row leaves at the first exit whose
+confidence is at least the threshold, compared in float32, and the others go on in a smaller batch (the papers' batch
 shrinking, Algorithm 1). A head sees only the cut's value; nothing here says where it came from.
 """
 
@@ -45,9 +45,7 @@ def exit_if(
     return tuple(value.index_select(0, rows) for value in live), rows
 
 
-def gather(
-    answers: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gather(answers: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Answers of every exit, each for the rows that reached it -> probabilities `[B, K]`, exit index `[B]`."""
     result = answers[-1]
     index = torch.full((result.shape[0],), len(answers) - 1, dtype=torch.int64)
@@ -81,7 +79,11 @@ class ExitProgram:
         with torch.no_grad():
             for index, segment in enumerate(self.segments):
                 known.update(
-                    zip(segment.outputs, segment.graph_module(*(known[n] for n in segment.inputs)), strict=True)
+                    zip(
+                        segment.outputs,
+                        segment.graph_module(*(known[n] for n in segment.inputs)),
+                        strict=True,
+                    )
                 )
                 answers.append(self.answer(index, known[segment.outputs[0]]))
         return torch.stack(answers)

@@ -169,9 +169,7 @@ class _GraphBuilder:
             for dimension, size in enumerate(tensor.shape):
                 if str(size) == str(value):
                     with self.graph.inserting_after(self.here[source]):
-                        made = self.graph.call_function(
-                            torch.ops.aten.sym_size.int, (self.here[source], dimension)
-                        )
+                        made = self.graph.call_function(torch.ops.aten.sym_size.int, (self.here[source], dimension))
                     made.meta["val"] = value
                     self.here[node] = made
                     return made

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 Rule = Callable[["ExitProgram"], Iterator[str]]
 
-TRAINING_ONLY = ("native_dropout", "native_batch_norm.", "_native_batch_norm_legit.", "rrelu_with_noise", "bernoulli")
+TRAINING_ONLY = (
+    "native_dropout",
+    "native_batch_norm.",
+    "_native_batch_norm_legit.",
+    "rrelu_with_noise",
+    "bernoulli",
+)
 
 
 def one_exit_per_head(program: ExitProgram) -> Iterator[str]:
@@ -43,7 +49,8 @@ def live_sets_match(program: ExitProgram) -> Iterator[str]:
         known |= set(segment.outputs)
         read_later = {name for later in program.segments[index + 1 :] for name in later.inputs}
         for name in sorted((known & read_later) ^ set(segment.carries)):
-            yield f"after segment {index} {name} is {'dropped but read later' if name in read_later else 'carried in vain'}"
+            what = "dropped but read later" if name in read_later else "carried in vain"
+            yield f"after segment {index} {name} is {what}"
         known &= set(segment.carries)
 
 
@@ -53,7 +60,8 @@ def batch_is_first(program: ExitProgram) -> Iterator[str]:
         for name in segment.carries:
             value = values[name]
             if not isinstance(value, torch.Tensor) or str(value.shape[0]) != program.backbone.batch_symbol:
-                yield f"{name}, live after segment {index}, has dimension 0 {getattr(value, 'shape', [None])[0]}"
+                first = getattr(value, "shape", [None])[0]
+                yield f"{name}, live after segment {index}, has dimension 0 {first}"
 
 
 def edges_agree(program: ExitProgram) -> Iterator[str]:
@@ -65,7 +73,8 @@ def edges_agree(program: ExitProgram) -> Iterator[str]:
             if not isinstance(given, torch.Tensor) or not isinstance(expected, torch.Tensor):
                 yield f"segment {index}: {node.target} has no tensor value"
             elif given.dtype != expected.dtype or [*map(str, given.shape)] != [*map(str, expected.shape)]:
-                yield f"segment {index}: {node.target} is {given.shape} {given.dtype}, read as {expected.shape} {expected.dtype}"
+                kinds = [f"{tuple(t.shape)} {t.dtype}" for t in (given, expected)]
+                yield f"segment {index}: {node.target} is {kinds[0]}, read as {kinds[1]}"
 
 
 def parameters_have_one_owner(program: ExitProgram) -> Iterator[str]:

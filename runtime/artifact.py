@@ -76,7 +76,7 @@ def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mappi
     draft = target.with_name(f".{target.name}.{token}.tmp")
     retired = target.with_name(f".{target.name}.{token}.old")
     try:
-        _check_replaceable(target)
+        check_output(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         _write_files(draft, {**files, MANIFEST_NAME: dump_manifest(manifest)})
         replacing = target.exists()
@@ -84,7 +84,7 @@ def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mappi
             target.rename(retired)
         try:
             draft.rename(target)
-        except OSError:
+        except BaseException:  # an interruption too must not leave the old artifact under its hidden name
             if replacing:
                 retired.rename(target)
             raise
@@ -106,7 +106,7 @@ def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         path.write_bytes(data)
 
 
-def _check_replaceable(target: Path) -> None:
+def check_output(target: Path) -> None:
     """Refuse to replace what no artifact put there: a mistyped `-o` must not cost a person's files.
 
     Only the names are taken from the old manifest, however old or damaged it is.
@@ -114,17 +114,13 @@ def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise UsageError(
-            f"{target}: exists and is not an artifact directory; choose another output or remove it"
-        )
+        raise UsageError(f"{target}: exists and is not an artifact directory; choose another output or remove it")
     present = {p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir()}
     if not present:
         return
     strangers = sorted(present - _listed_names(target / MANIFEST_NAME))
     if strangers:
-        raise UsageError(
-            f"{target}: holds {strangers[0]!r}, which no artifact put there; remove it or choose another"
-        )
+        raise UsageError(f"{target}: holds {strangers[0]!r}, which no artifact put there; remove it or choose another")
 
 
 def _listed_names(path: Path) -> set[str]:
@@ -150,9 +146,7 @@ class _Directory:
         for part in name.split("/"):
             path /= part
             if path.is_symlink():
-                raise ArtifactError(
-                    f"{path}: is a symbolic link; copy the artifact again with the files themselves"
-                )
+                raise ArtifactError(f"{path}: is a symbolic link; copy the artifact again with the files themselves")
         if not path.exists():
             return None
         entry = path.lstat()
@@ -204,18 +198,14 @@ def _container(path: Path) -> Iterator[_Directory | _Archive]:
     except _ARCHIVE_ERRORS as error:
         raise ArtifactError(f"{path}: damaged archive ({error}); copy the artifact again") from error
     except OSError as error:
-        raise ArtifactError(
-            f"{path}: cannot be read ({error.strerror or error}); check it and its rights"
-        ) from error
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}); check it and its rights") from error
 
 
 def _bounded(file: IO[bytes], path: Path) -> bytes:
     with file:
         data = file.read(_MANIFEST_LIMIT + 1)
     if len(data) > _MANIFEST_LIMIT:
-        raise ArtifactError(
-            f"{path}: larger than any manifest ({_MANIFEST_LIMIT} bytes); copy the artifact again"
-        )
+        raise ArtifactError(f"{path}: larger than any manifest ({_MANIFEST_LIMIT} bytes); copy the artifact again")
     return data
 
 
@@ -226,9 +216,7 @@ def _checked(container: _Directory | _Archive, name: str, spec: FileSpec, where:
         raise ArtifactError(f"{where}/{name}: missing; copy the artifact again")
     if size != spec.size:
         kind = "truncated" if size < spec.size else "too long"
-        raise ArtifactError(
-            f"{where}/{name}: {kind}, {size} bytes instead of {spec.size}; copy the artifact again"
-        )
+        raise ArtifactError(f"{where}/{name}: {kind}, {size} bytes instead of {spec.size}; copy the artifact again")
     digest: Any = hashlib.sha256()
     left = spec.size
     with container.open(name) as file:
@@ -237,6 +225,4 @@ def _checked(container: _Directory | _Archive, name: str, spec: FileSpec, where:
             digest.update(chunk)
             yield chunk
     if digest.hexdigest() != spec.sha256:
-        raise ArtifactError(
-            f"{where}/{name}: altered since it was written (SHA-256 differs); copy the artifact again"
-        )
+        raise ArtifactError(f"{where}/{name}: altered since it was written (SHA-256 differs); copy the artifact again")

@@ -32,10 +32,10 @@ _ROAD = ("candidates", "compile", "inspect", "run", "demo")
 
 _EPILOG = """\
 the road:
-  offramp candidates zoo:resnet20 --data images.npy          where could exits go?
+  offramp candidates zoo:resnet20 --data images.npy            where could exits go?
   offramp compile zoo:resnet20 --weights resnet20.safetensors \\
-      --data images.npy --tolerance 0.01 -o resnet20.offramp  build them, 1 % disagreement allowed
-  offramp inspect resnet20.offramp                            what did it save?
+      --data images.npy --tolerance 0.01 -o resnet20.offramp    build them, 1 % disagreement allowed
+  offramp inspect resnet20.offramp                              what did it save?
   offramp run resnet20.offramp --data images.npy -o answers.npz
 
 `offramp COMMAND --help` explains each command.
@@ -98,8 +98,7 @@ def _load(entry: importlib.metadata.EntryPoint) -> Command:
     except ImportError as error:
         missing = f"missing: {error.name}" if error.name else str(error)
         raise UsageError(
-            f"offramp {entry.name} needs its training dependencies: "
-            f"pip install 'offramp[compile]' ({missing})"
+            f"offramp {entry.name} needs its training dependencies: pip install 'offramp[compile]' ({missing})"
         ) from error
     return Command(loaded.summary, loaded.configure, loaded.run)
 

@@ -10,7 +10,7 @@ import argparse
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,12 @@ def positive(text: str) -> int:
     return number
 
 
-def write_arrays(out: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(out: Path, arrays: Mapping[str, Any]) -> None:
     """Write an .npz at exactly `out`: whole or not at all."""
     draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         with draft.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a flag among the names
+            np.savez(file, **arrays)
         draft.replace(out)
     except OSError as error:
         raise StorageError(
@@ -79,13 +79,9 @@ def _describe(artifact: Artifact) -> str:
     rows = f"distil {splits.distil:,}, calibrate {splits.calibrate:,}, select {splits.select:,}"
     lines = ["Made from"]
     lines.append(f"  backbone       fingerprint {backbone.fingerprint[:16]}, gives {backbone.scores}")
-    lines += [
-        f"  input          {i.name} {i.dtype} ({', '.join(map(str, i.shape))})" for i in manifest.inputs
-    ]
+    lines += [f"  input          {i.name} {i.dtype} ({', '.join(map(str, i.shape))})" for i in manifest.inputs]
     lines += [f"  preprocessing  {manifest.preprocessing}"] if manifest.preprocessing else []
-    lines.append(
-        f"  rows           {rows}, certify {splits.certify:,}, test {splits.test:,}; seed {splits.seed}"
-    )
+    lines.append(f"  rows           {rows}, certify {splits.certify:,}, test {splits.test:,}; seed {splits.seed}")
     versions = ", ".join(f"{name} {version}" for name, version in manifest.measured.versions.items())
     lines.append(f"  created        {manifest.measured.created} with {versions}")
     lines += ["", "Plans"]
@@ -95,8 +91,7 @@ def _describe(artifact: Artifact) -> str:
         lines.append(f"  {mark} tolerance {percent(plan.tolerance, 2)}, {plan.policy}: {limits or 'no exit'}")
     lines += ["", f"Files in {artifact.path}, all checked"]
     lines += [
-        f"  {name:<28} {human(spec.size):>8}B  sha256 {spec.sha256[:16]}"
-        for name, spec in manifest.all_files().items()
+        f"  {name:<28} {human(spec.size):>8}B  sha256 {spec.sha256[:16]}" for name, spec in manifest.all_files().items()
     ]
     return "\n".join(lines)
 
@@ -110,9 +105,7 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", required=True, metavar="NPZ", help="file to write the answers to")
     parser.add_argument("--batch", type=positive, default=32, metavar="N", help="rows at a time (default 32)")
-    parser.add_argument(
-        "--threads", type=positive, metavar="N", help="threads per stage (default: physical cores)"
-    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads per stage (default: physical cores)")
     parser.add_argument(
         "--providers", metavar="P,...", help="ONNX Runtime providers in order (default: CUDA if there, CPU)"
     )
@@ -172,9 +165,7 @@ def _progress(steps: Iterator[Any], total: int) -> Iterator[Any]:
         from tqdm import tqdm
     except ImportError:
         return steps
-    bar: Iterator[Any] = tqdm(
-        steps, total=total, unit="batch", delay=2, leave=False, disable=not sys.stderr.isatty()
-    )
+    bar: Iterator[Any] = tqdm(steps, total=total, unit="batch", delay=2, leave=False, disable=not sys.stderr.isatty())
     return bar
 
 
@@ -182,7 +173,5 @@ def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-INSPECT = Command(
-    "show what an artifact is, what it saved, and check every file", _configure_inspect, _inspect
-)
+INSPECT = Command("show what an artifact is, what it saved, and check every file", _configure_inspect, _inspect)
 RUN = Command("answer a data set with an artifact", _configure_run, _run)

@@ -99,18 +99,14 @@ def open_data(
     if labels not in (None, "folders"):
         raise UsageError(f"labels is {labels!r}; give 'folders' or leave it out")
     if (preprocessing is not None or labels is not None) and not path.is_dir():
-        raise UsageError(
-            f"{text}: preprocessing and labels from folders are for folders of images; leave them out"
-        )
+        raise UsageError(f"{text}: preprocessing and labels from folders are for folders of images; leave them out")
     rows: Rows
     if path.is_dir():
         rows = open_images(path, preprocessing, UNNAMED, labels)
     elif is_reference(text):
         rows = _from_callable(text)
     elif not path.exists():
-        raise InputError(
-            f"{text}: does not exist; give a .npy, an .npz, a folder of images or package.module:name"
-        )
+        raise InputError(f"{text}: does not exist; give a .npy, an .npz, a folder of images or package.module:name")
     else:
         rows = _from_file(path, inputs)
     return rows if inputs is None else fit_rows(rows, inputs)
@@ -124,9 +120,7 @@ def fit_rows(rows: Rows, inputs: Sequence[TensorSpec]) -> Rows:
     names = [spec.name for spec in inputs]
     if isinstance(rows, ImageRows):
         if len(names) != 1:
-            raise InputError(
-                f"the model takes {', '.join(names)}; a folder of images is one input, give an .npz"
-            )
+            raise InputError(f"the model takes {', '.join(names)}; a folder of images is one input, give an .npz")
         images = rows.renamed(names[0])
         check_arrays(images.take(np.arange(1)), inputs)
         return images
@@ -198,9 +192,7 @@ def _split_batch(batch: Any) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     labels: Any = None
     if isinstance(batch, tuple):
         if len(batch) != 2:
-            raise InputError(
-                f"a batch is a tuple of {len(batch)}; yield (inputs, labels), or a dict of inputs"
-            )
+            raise InputError(f"a batch is a tuple of {len(batch)}; yield (inputs, labels), or a dict of inputs")
         batch, labels = batch
     if isinstance(batch, Mapping):
         named = dict(batch)

@@ -8,6 +8,8 @@ the whole model in one session, batch 1 / 32: spinning 2.54 / 3.33; `allow_spinn
 model itself 1.6 times slower at batch 1; one process-wide pool 1.31 / 1.09; `force_spinning_stop` 1.30 / 1.10
 with the least milliseconds of all (0.70 against 1.03 without spinning). So workers spin while their own
 session runs and stop when it returns; the process-wide pool is as fast but is not a library's to impose.
+Spinning wants free cores: with another process busy on one of the two, batch 1 took 8.4 ms, 2.3 without
+spinning, 1.1 with one thread. On a machine that is shared take `threads=1`.
 
 Refused: no onnxruntime, a provider that is not there or could not start, bytes that ONNX Runtime refuses.
 """
@@ -29,8 +31,7 @@ def find_onnxruntime() -> Any:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise ProviderError(
-            f"onnxruntime cannot be imported ({error}); run pip install 'offramp[cpu]', "
-            "or 'offramp[gpu]' for CUDA"
+            f"onnxruntime cannot be imported ({error}); run pip install 'offramp[cpu]', or 'offramp[gpu]' for CUDA"
         ) from error
 
 
@@ -51,9 +52,7 @@ def choose_providers(asked: Sequence[str] | None) -> list[str]:
 class EngineSession:
     """One ONNX model in ONNX Runtime."""
 
-    def __init__(
-        self, model: bytes, name: str, providers: list[str], threads: int | None, strict: bool
-    ) -> None:
+    def __init__(self, model: bytes, name: str, providers: list[str], threads: int | None, strict: bool) -> None:
         """`name` is what errors call the model; `strict` refuses to go on without every provider listed."""
         ort = find_onnxruntime()
         try:
@@ -94,9 +93,7 @@ class EngineSession:
 def check_threads(threads: int | None) -> None:
     """None is ONNX Runtime's own count, the physical cores; 1 runs in the calling thread alone."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise UsageError(
-            f"threads is {threads!r}; give a whole number from 1 up, or None for the physical cores"
-        )
+        raise UsageError(f"threads is {threads!r}; give a whole number from 1 up, or None for the physical cores")
 
 
 def _options(ort: Any, threads: int | None) -> Any:

@@ -69,9 +69,7 @@ def parse_preprocessing(text: str) -> Preprocessing:
     for name in ("mean", "std"):
         numbers = getattr(preprocessing, name)
         if len(numbers) not in (1, channels) or not np.isfinite(numbers).all():
-            raise UsageError(
-                f"preprocessing {name} has {len(numbers)} numbers for {channels} channels; give one each"
-            )
+            raise UsageError(f"preprocessing {name} has {len(numbers)} numbers for {channels} channels; give one each")
     if 0.0 in preprocessing.std:
         raise UsageError("preprocessing std holds 0; give the standard deviation of each channel")
     return preprocessing

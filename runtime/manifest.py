@@ -211,13 +211,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     version = body.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ArtifactError(
-            f"{where}: format version {version} is newer than this offramp reads ({FORMAT_VERSION}); "
-            "upgrade offramp"
+            f"{where}: format version {version} is newer than this offramp reads ({FORMAT_VERSION}); upgrade offramp"
         )
     if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{where}: format version {version!r} is not {FORMAT_VERSION}; compile the model again"
-        )
+        raise ArtifactError(f"{where}: format version {version!r} is not {FORMAT_VERSION}; compile the model again")
     digest = body.pop("digest", None)
     try:
         altered = hashlib.sha256(_canonical(body)).hexdigest() != digest
@@ -225,9 +222,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     except (ValueError, RecursionError):  # 1e999 reads as infinity, which has no canonical form
         altered = True
     if altered:
-        raise ArtifactError(
-            f"{where}: altered since it was written (digest differs); copy the artifact again"
-        )
+        raise ArtifactError(f"{where}: altered since it was written (digest differs); copy the artifact again")
     manifest = cast(Manifest, _read(Manifest, body, where))
     _check(manifest, where)
     return manifest
@@ -263,12 +258,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         items = _expect(list, value, where)
         kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(items):
-            raise ArtifactError(
-                f"{where}: {len(items)} entries instead of {len(kinds)}; compile the model again"
-            )
-        return tuple(
-            _read(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, items, strict=True))
-        )
+            raise ArtifactError(f"{where}: {len(items)} entries instead of {len(kinds)}; compile the model again")
+        return tuple(_read(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, items, strict=True)))
     if origin is dict:
         mapping = _expect(dict, value, where)
         return {key: _read(args[1], item, f"{where}.{key}") for key, item in mapping.items()}
@@ -283,9 +274,7 @@ def _read_dataclass(kind: type[T], value: Any, where: str) -> T:
     for name in hints.keys() - mapping.keys():
         raise ArtifactError(f"{where}.{name}: missing; compile the model again")
     for name in mapping.keys() - hints.keys():
-        raise ArtifactError(
-            f"{where}.{name}: not a field of format {FORMAT_VERSION}; compile the model again"
-        )
+        raise ArtifactError(f"{where}.{name}: not a field of format {FORMAT_VERSION}; compile the model again")
     return kind(**{name: _read(hint, mapping[name], f"{where}.{name}") for name, hint in hints.items()})
 
 
@@ -299,9 +288,7 @@ def _check(manifest: Manifest, where: str) -> None:
     """What the types cannot say."""
     for name in manifest.all_files():
         if not _SAFE_NAME.fullmatch(name) or name == MANIFEST_NAME:
-            raise ArtifactError(
-                f"{where}: file name {name!r} leaves the artifact or is reserved; do not use it"
-            )
+            raise ArtifactError(f"{where}: file name {name!r} leaves the artifact or is reserved; do not use it")
         if name in manifest.files and name in manifest.measured.files:
             raise ArtifactError(f"{where}: file {name!r} is listed twice; compile the model again")
     _check_inputs(manifest, where)
@@ -309,23 +296,15 @@ def _check(manifest: Manifest, where: str) -> None:
     if not manifest.stages and "model.onnx" not in manifest.files:
         raise ArtifactError(f"{where}: holds neither stages nor model.onnx; compile the model again")
     if manifest.stages and len(manifest.stages) != exits:
-        raise ArtifactError(
-            f"{where}: {len(manifest.stages)} stages but {exits} exits; compile the model again"
-        )
+        raise ArtifactError(f"{where}: {len(manifest.stages)} stages but {exits} exits; compile the model again")
     for stage in manifest.stages:
         if stage.file not in manifest.files:
-            raise ArtifactError(
-                f"{where}: stage {stage.file!r} is not among the files; compile the model again"
-            )
+            raise ArtifactError(f"{where}: stage {stage.file!r} is not among the files; compile the model again")
     if not 0 <= manifest.default_plan < len(manifest.plans):
-        raise ArtifactError(
-            f"{where}: default plan {manifest.default_plan} does not exist; compile the model again"
-        )
+        raise ArtifactError(f"{where}: default plan {manifest.default_plan} does not exist; compile the model again")
     for plan in manifest.plans:
         if len(plan.thresholds) != exits - 1:
-            raise ArtifactError(
-                f"{where}: a plan has {len(plan.thresholds)} thresholds for {exits - 1} exits"
-            )
+            raise ArtifactError(f"{where}: a plan has {len(plan.thresholds)} thresholds for {exits - 1} exits")
     if len(manifest.evaluation.exits) != exits:
         raise ArtifactError(f"{where}: evaluation covers {len(manifest.evaluation.exits)} of {exits} exits")
 
@@ -337,8 +316,6 @@ def _check_inputs(manifest: Manifest, where: str) -> None:
         raise ArtifactError(f"{where}: no inputs, an input twice, or no classes; compile the model again")
     for spec in manifest.inputs:
         if not _DTYPE.fullmatch(spec.dtype):
-            raise ArtifactError(
-                f"{where}: input dtype {spec.dtype!r} is not supported; compile the model again"
-            )
+            raise ArtifactError(f"{where}: input dtype {spec.dtype!r} is not supported; compile the model again")
         if spec.shape[:1] != ("batch",) or any(isinstance(n, int) and n < 0 for n in spec.shape):
             raise ArtifactError(f"{where}: input shape {spec.shape} is malformed; compile the model again")

@@ -70,8 +70,8 @@ def _exits(manifest: Manifest) -> str:
         lines.append(
             (
                 str(index),
-                _short(spec.place, 24),
-                _short(spec.head, 28),
+                _short(spec.place, 22),
+                _short(spec.head, 26),
                 _NONE if last else human(spec.parameters),
                 _NONE if last else human(spec.head_flops),
                 percent(depth / manifest.backbone.flops if manifest.backbone.flops else None),

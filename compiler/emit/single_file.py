@@ -80,7 +80,11 @@ class _Builder:
         nodes += [
             helper.make_node("Shape", [answer], [shape], name=shape, start=0, end=1),
             helper.make_node(
-                "ConstantOfShape", [shape], [exits], name=exits, value=helper.make_tensor("value", _INT, [1], [index])
+                "ConstantOfShape",
+                [shape],
+                [exits],
+                name=exits,
+                value=helper.make_tensor("value", _INT, [1], [index]),
             ),
         ]
         if index == len(self.models) - 1:
@@ -141,7 +145,9 @@ class _Builder:
 
     def _answer_infos(self, probabilities: str, exits: str) -> list[onnx.ValueInfoProto]:
         return [
-            helper.make_tensor_value_info(probabilities, _FLOAT, ["batch" if "/" not in probabilities else None, self.classes]),
+            helper.make_tensor_value_info(
+                probabilities, _FLOAT, ["batch" if "/" not in probabilities else None, self.classes]
+            ),
             helper.make_tensor_value_info(exits, _INT, ["batch" if "/" not in exits else None]),
         ]
 

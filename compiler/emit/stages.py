@@ -82,6 +82,8 @@ def _examples(module: fx.GraphModule) -> Mapping[str, torch.Tensor]:
     """Example tensors for tracing, by placeholder; zeros are valid indices and valid masks alike."""
     nodes = module.graph.find_nodes(op="placeholder")
     return {
-        str(n.target): torch.zeros_like(meta_like(n.meta["val"], str(n.meta["val"].shape[0]), _EXAMPLE_BATCH), device="cpu")
+        str(n.target): torch.zeros_like(
+            meta_like(n.meta["val"], str(n.meta["val"].shape[0]), _EXAMPLE_BATCH), device="cpu"
+        )
         for n in nodes
     }

@@ -6,9 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
-import offramp.runtime
 import pytest
 from tiny import Tiny, write_tiny
+
+import offramp.runtime
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import Tiny, batch, sign, write_tiny
+
 from offramp.runtime import (
     ArtifactError,
     StorageError,
@@ -25,7 +27,6 @@ from offramp.runtime import (
     open_artifact,
     write_artifact,
 )
-from tiny import Tiny, batch, sign, write_tiny
 
 
 def zipped(folder: Path, out: Path, prefix: str = "", compression: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -72,9 +73,7 @@ def test_a_name_that_is_not_listed_is_refused(tiny: Tiny) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), flip=st.integers(1, 255))
-def test_one_altered_byte_of_any_file_is_refused(
-    tiny: Tiny, broken: Path, data: st.DataObject, flip: int
-) -> None:
+def test_one_altered_byte_of_any_file_is_refused(tiny: Tiny, broken: Path, data: st.DataObject, flip: int) -> None:
     name = data.draw(st.sampled_from(sorted(tiny.files)))
     content = bytearray(tiny.files[name])
     content[data.draw(st.integers(0, len(content) - 1))] ^= flip
@@ -190,11 +189,8 @@ def test_damaged_archives_are_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_archives_of_another_form_are_refused(tiny: Tiny, tmp_path: Path) -> None:
-    for prefix in ("a/b/", "../"):
-        path = zipped(tiny.path, tmp_path / "deep.zip", prefix)
-        if prefix == "a/b/":
-            with pytest.raises(ArtifactError, match="no manifest"):
-                load(path)
+    with pytest.raises(ArtifactError, match="no manifest"):
+        load(zipped(tiny.path, tmp_path / "deep.zip", "a/b/"))
     two = zipped(tiny.path, tmp_path / "two.zip", "a/")
     with zipfile.ZipFile(two, "a") as archive:
         archive.writestr("b/manifest.json", "{}")
@@ -206,7 +202,7 @@ def test_no_more_is_decompressed_than_is_listed(tiny: Tiny, broken: Path, tmp_pa
     (broken / "report.html").write_bytes(bytes(50_000_000))
     bomb = zipped(broken, tmp_path / "bomb.zip")
     assert bomb.stat().st_size < 200_000
-    with pytest.raises(ArtifactError, match="report.html: too long, 50000000 bytes"):
+    with pytest.raises(ArtifactError, match=r"report\.html: too long, 50000000 bytes"):
         load(bomb)
     # The same with an archive that lies about the size: the hash is of the listed bytes alone.
     honest, lie = (50_000_000).to_bytes(4, "little"), len(tiny.files["report.html"]).to_bytes(4, "little")
@@ -229,7 +225,7 @@ def test_a_stage_that_is_no_model_is_refused(broken: Path) -> None:
     [
         (0, "inputs", ["y"], "needs 'y'"),
         (0, "carries", ["h0", "skip", "z"], "needs 'z'"),
-        (1, "carries", ["h1", "skip"], "needs 'side'"),
+        (1, "carries", ["h1", "skip"], r"needs 'side', which no stage before"),
         (0, "inputs", ["side"], "differ on 'x'"),
         (0, "outputs", ["h0", "skip", "z"], "differ on 'z'"),
         (2, "inputs", ["h1", "skip"], "differ on 'side'"),
@@ -239,7 +235,7 @@ def test_a_stage_that_is_not_as_listed_is_refused(
     broken: Path, stage: int, field: str, value: list[str], message: str
 ) -> None:
     resign(broken, lambda body: body["stages"][stage].update({field: value}))
-    with pytest.raises(ArtifactError, match=rf"stages/{stage}.onnx: .*{message}"):
+    with pytest.raises(ArtifactError, match=rf"stages/\d\.onnx: .*{message}"):
         load(broken)
 
 
@@ -254,13 +250,13 @@ def test_a_single_file_that_is_not_as_listed_is_refused(tiny: Tiny, broken: Path
 def test_an_artifact_with_one_form_runs_in_that_form(tiny: Tiny, tmp_path: Path) -> None:
     staged = {name: data for name, data in tiny.files.items() if name != "model.onnx"}
     single = {name: data for name, data in tiny.files.items() if not name.startswith("stages")}
-    for files, changes, other in (
-        (staged, {}, "single-file"),
-        (single, {"stages": ()}, "segments"),
+    for files, stages, other in (
+        (staged, tiny.manifest.stages, "single-file"),
+        (single, (), "segments"),
     ):
         specs = {name: file_spec(data) for name, data in files.items() if name != "report.html"}
         path = tmp_path / other
-        write_artifact(path, dataclasses.replace(tiny.manifest, files=specs, **changes), files)
+        write_artifact(path, dataclasses.replace(tiny.manifest, files=specs, stages=stages), files)
         with load(path, threads=1) as session, load(tiny.path, threads=1) as both:
             np.testing.assert_array_equal(session.run(batch(20)).exits, both.run(batch(20)).exits)
         with pytest.raises(UsageError, match=f"holds no {other} form"):
@@ -335,7 +331,7 @@ def test_a_full_disk_leaves_what_was_there(
     out = tmp_path / "out"
     before = tree(write_tiny(out).path) if replacing else {}
     command = [sys.executable, "-c", FULL_DISK, str(out), str(Path(__file__).parent), str(limit)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stdout.startswith(f"{out}: could not be written (File too large); free space")
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if replacing else [])

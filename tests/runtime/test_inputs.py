@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from offramp.runtime import InputError, TensorSpec
 from offramp.runtime.inputs import check_batch, check_finite
 
@@ -72,9 +73,7 @@ def test_several_inputs_come_back_in_the_model_s_order() -> None:
     bad=st.sampled_from([np.nan, np.inf, -np.inf]),
     dtype=st.sampled_from([np.float16, np.float32, np.float64]),
 )
-def test_the_first_row_that_is_not_finite_is_named(
-    rows: int, data: st.DataObject, bad: float, dtype: Any
-) -> None:
+def test_the_first_row_that_is_not_finite_is_named(rows: int, data: st.DataObject, bad: float, dtype: Any) -> None:
     places = data.draw(st.lists(st.tuples(st.integers(0, rows - 1), st.integers(0, 5)), min_size=1))
     values = np.full((rows, 2, 3), np.finfo(dtype).max, dtype)
     check_finite(values, "x")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import CLASSES, INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all
+
 from offramp.runtime import Answers, Session, UsageError, load
 from offramp.runtime.engine import EngineSession
-from tiny import CLASSES, INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all
 
 PLANS = {
     "all at the first": (0.0, 0.0),
@@ -117,10 +118,16 @@ def test_a_row_does_not_depend_on_its_neighbours(
     for position, row in enumerate(order):
         if sure[row]:
             assert shuffled.exits[position] == together.exits[row] == alone[row].exits[0]
-            np.testing.assert_allclose(
-                shuffled.probabilities[position], together.probabilities[row], atol=1e-5
-            )
+            np.testing.assert_allclose(shuffled.probabilities[position], together.probabilities[row], atol=1e-5)
             np.testing.assert_allclose(alone[row].probabilities[0], together.probabilities[row], atol=1e-5)
+
+
+def test_a_confidence_that_equals_the_threshold_is_enough(session: Session) -> None:
+    rows = batch(8)
+    confidence = session.run_all(rows).confidence[0]
+    for row in range(8):
+        exits = session.run(rows, thresholds=(float(confidence[row]), INF)).exits
+        np.testing.assert_array_equal(exits == 0, confidence >= confidence[row])
 
 
 class Count:
@@ -158,9 +165,7 @@ def test_no_stage_runs_once_all_rows_left(tiny: Tiny, monkeypatch: pytest.Monkey
     assert count.names == ["0.onnx:8"]
 
 
-def test_no_rows_never_reach_onnxruntime(
-    tiny: Tiny, session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_rows_never_reach_onnxruntime(tiny: Tiny, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     count = Count(monkeypatch)
     session.run(batch(0))
     session.run_all(batch(0))
@@ -186,9 +191,7 @@ def test_threads_may_share_a_session(session: Session) -> None:
             if not np.array_equal(session.run(rows).exits, reference(rows, THRESHOLDS)[1]):
                 wrong.append(f"seed {seed}, size {size}")
 
-    seeds = [
-        seed for seed in range(40) if not any(doubtful(batch(s, seed), THRESHOLDS).any() for s in (1, 7, 32))
-    ]
+    seeds = [seed for seed in range(40) if not any(doubtful(batch(s, seed), THRESHOLDS).any() for s in (1, 7, 32))]
     workers = [threading.Thread(target=answer, args=(seed,)) for seed in seeds[:8]]
     for worker in workers:
         worker.start()

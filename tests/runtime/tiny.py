@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
 from offramp.runtime import Manifest, TensorSpec, file_spec, write_artifact
 from offramp.runtime.manifest import (
     BackboneSpec,
@@ -30,7 +32,6 @@ from offramp.runtime.manifest import (
     StageSpec,
     Timing,
 )
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 CLASSES = 5
 THRESHOLDS = (0.55, 0.5)

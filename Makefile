@@ -1,0 +1,48 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both set up their own environment in .venv.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test lint types layers unit test-slow bench clean
+
+# torch is pinned for the development environment only: a version with a small CPU build. The package itself
+# accepts any torch from 2.7.
+$(STAMP): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check --upgrade pip "setuptools<80" wheel
+	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[cpu,compile,dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/offramp demo -o demo-artifact
+
+test: lint types layers unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy reads source trees, not import hooks: give it the namespace as links.
+types: $(STAMP)
+	mkdir -p build/types/offramp
+	for room in compiler passes runtime; do ln -sfn ../../../$$room build/types/offramp/$$room; done
+	MYPYPATH=build/types $(BIN)/mypy -p offramp
+	MYPYPATH=build/types $(BIN)/mypy benchmarks
+
+layers: $(STAMP)
+	$(BIN)/lint-imports
+
+unit: $(STAMP)
+	$(BIN)/pytest
+
+# Real weights and long sweeps: reads ../shared/data where it is there, and says what it skips where not.
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.cifar10_resnet
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo-artifact demo-artifact.npz

@@ -1,0 +1,75 @@
+"""Model + unlabelled data -> artifact. The flow, each arrow a public function usable alone:
+
+    backbone     = capture(model, example)                              # nn.Module / .pt2 -> torch.fx graph
+    candidates   = find_candidates(backbone)                            # offramp.passes; refusals have reasons
+    splits       = split_rows(len(data), seed)                          # distil / calibrate / select / certify / test
+    heads        = distil(backbone, candidates.kept, configs, data, ...)  # KL to the backbone, no labels
+    temperatures = calibrate(record(backbone, heads, data, splits.calibrate, "calibrate"))
+    selection    = select("joint", records(record(...), temperatures), costs(backbone, heads), tolerance)
+    program      = build_program(backbone, exit_plan(selection, ...), modules)   # offramp.passes; the IR
+    stages, files = emit(program)                                       # ONNX segments, one ONNX file
+    manifest, files = pack(program, job)                                # emitted, checked, measured, reported
+
+`compile` is these calls in a row and nothing else.
+"""
+
+from .augment import AUGMENTATIONS, Augment
+from .capture import capture
+from .compile import as_rows, choose_candidates, compile, costs, exit_plan, records
+from .distill import Head, Training, default_heads, distil
+from .emit import TARGETS, emit
+from .equivalence import Equivalence, compare
+from .evaluate import Outcome, evaluate, run_program
+from .heads import FAMILIES, Family, HeadConfig, build_head, default_head
+from .loading import load_model, load_weights
+from .package import Job, Options, input_specs, pack
+from .record import Recording, calibrate, record
+from .splits import RowSplits, split_rows
+from .thresholds import POLICIES, Costs, Records, Selection, equal, geometric, joint, select
+
+__all__ = [
+    "AUGMENTATIONS",
+    "FAMILIES",
+    "POLICIES",
+    "TARGETS",
+    "Augment",
+    "Costs",
+    "Equivalence",
+    "Family",
+    "Head",
+    "HeadConfig",
+    "Job",
+    "Options",
+    "Outcome",
+    "Recording",
+    "Records",
+    "RowSplits",
+    "Selection",
+    "Training",
+    "as_rows",
+    "build_head",
+    "calibrate",
+    "capture",
+    "choose_candidates",
+    "compare",
+    "compile",
+    "costs",
+    "default_head",
+    "default_heads",
+    "distil",
+    "emit",
+    "equal",
+    "evaluate",
+    "exit_plan",
+    "geometric",
+    "input_specs",
+    "joint",
+    "load_model",
+    "load_weights",
+    "pack",
+    "record",
+    "records",
+    "run_program",
+    "select",
+    "split_rows",
+]

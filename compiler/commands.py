@@ -1,0 +1,222 @@
+"""The commands that need torch: `candidates`, `compile`, `demo`. They parse, call the public functions, print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from offramp.passes import Candidates, find_candidates
+from offramp.runtime.commands import Command, positive, write_arrays
+from offramp.runtime.data import open_data
+from offramp.runtime.errors import UsageError
+from offramp.runtime.session import load
+from offramp.runtime.table import human, percent, render
+
+from .augment import AUGMENTATIONS
+from .capture import capture
+from .compile import compile
+from .demo import train_digits
+from .distill import Training, tensors
+from .emit import TARGETS
+from .loading import load_model
+from .package import Options
+from .thresholds import POLICIES
+
+_MODEL_HELP = "package.module:callable, or a .pt2 saved by torch.export.save"
+_DATA_HELP = "a .npy, an .npz, a folder of images (with --preprocess) or package.module:callable yielding batches"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _log(line: str) -> None:
+    sys.stderr.write(f"offramp: {line}\n")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="state dict: .safetensors, or a .pt of tensors only"
+    )
+
+
+def _configure_candidates(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "List every place in a model that was considered for an exit: kept, or refused with the reason."
+    )
+    parser.epilog = "Shapes are needed to trace the model: from --data, from --shape, or else from the .pt2 itself."
+    _add_model(parser)
+    parser.add_argument("--data", metavar="D", help=_DATA_HELP)
+    parser.add_argument(
+        "--preprocess", metavar="STEPS", help="for a folder of images, like resize=256,crop=224,std=0.5"
+    )
+    parser.add_argument("--shape", metavar="C,H,W", help="shape of one row of a single float input, such as 3,224,224")
+    parser.add_argument("--all", action="store_true", help="also list the refused places, one line each")
+
+
+def _run_candidates(args: argparse.Namespace) -> int:
+    model = load_model(args.model, args.weights)
+    backbone = capture(model, _example(model, args), name=_title(args.model))
+    found = find_candidates(backbone)
+    _say(_candidates_table(found))
+    if args.all:
+        _say("\nrefused")
+        width = max((len(r.name) for r in found.refused), default=0)
+        for refused in found.refused:
+            _say(f"  {refused.name:<{width}}  {refused.place}: {refused.reason}")
+    else:
+        _say(f"\n{len(found.refused)} other places refused; --all lists them with their reasons")
+    return 0
+
+
+def _example(model: nn.Module | ExportedProgram, args: argparse.Namespace) -> Mapping[str, torch.Tensor]:
+    if args.data:
+        rows = open_data(args.data, inputs=None, preprocessing=args.preprocess)
+        return tensors(rows, np.arange(min(8, len(rows))))
+    if args.shape:
+        sizes = args.shape.split(",")
+        if not all(s.isdigit() and int(s) for s in sizes):
+            raise UsageError(f"--shape {args.shape!r} is not a list of sizes such as 3,224,224")
+        generator = torch.Generator().manual_seed(0)
+        return {"input": torch.randn(4, *map(int, sizes), generator=generator)}
+    if isinstance(model, ExportedProgram) and model.example_inputs is not None:
+        positional, keywords = model.example_inputs
+        given = {**{f"input_{i}": v for i, v in enumerate(positional)}, **keywords}
+        return {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    raise UsageError("the model's input shape is not known; give --data D, or --shape such as 3,224,224")
+
+
+def _candidates_table(found: Candidates) -> str:
+    lines = [("candidate", "place", "shape", "compute before", "side inputs")]
+    for c in found.kept:
+        total = c.flops_before + c.flops_after
+        share = percent(c.flops_before / total if total else 0.0)
+        shape = "x".join(map(str, c.shape[1:]))
+        lines.append((c.name, c.place, shape, f"{human(c.flops_before)} ({share})", ", ".join(c.side_inputs) or "-"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _configure_compile(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compile a trained classifier to an artifact with early exits. No label is used; labels in the data only "
+        "add accuracies to the report. An interrupted compile, started again, goes on where it was."
+    )
+    parser.epilog = (
+        "example:\n  offramp compile zoo:resnet20 --weights resnet20.safetensors --data images.npy \\\n"
+        "      --tolerance 0.01 -o resnet20.offramp\n\n"
+        "Then: offramp inspect resnet20.offramp, and open resnet20.offramp/report.html."
+    )
+    _add_model(parser)
+    parser.add_argument("--data", required=True, metavar="D", help=_DATA_HELP)
+    parser.add_argument(
+        "--preprocess", metavar="STEPS", help="for a folder of images, like resize=256,crop=224,std=0.5"
+    )
+    parser.add_argument("--labels", choices=["folders"], help="for a folder of images with one sub-folder per class")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="the artifact to write")
+    parser.add_argument(
+        "--tolerance", type=float, default=Options.tolerance, metavar="T",
+        help="share of rows whose answer may differ from the backbone's (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--policy", choices=list(POLICIES), default=Options.policy,
+        help="how exits and thresholds are chosen: joint searches both together, geometric is the papers', "
+        "equal divides the tolerance evenly (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=list(TARGETS),
+        help="form to emit; may be repeated (default: both)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=positive,
+        default=Training.epochs,
+        metavar="N",
+        help="of distillation (default %(default)s)",
+    )
+    parser.add_argument(
+        "--augment", choices=list(AUGMENTATIONS),
+        help="what distillation adds to the data (default: flip-shift for colour images, else none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-candidates", type=positive, default=Options.max_candidates, metavar="N",
+        help="train heads at no more than this many places (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=positive, metavar="N", help="to measure with (default: all cores)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
+
+
+def _run_compile(args: argparse.Namespace) -> int:
+    model = load_model(args.model, args.weights)
+    rows = open_data(args.data, inputs=None, preprocessing=args.preprocess, labels=args.labels)
+    options = Options(
+        tolerance=args.tolerance,
+        policy=args.policy,
+        seed=args.seed,
+        targets=tuple(dict.fromkeys(args.target or TARGETS)),
+        training=Training(epochs=args.epochs, augment=args.augment),
+        max_candidates=args.max_candidates,
+        threads=args.threads,
+        preprocessing=args.preprocess,
+    )
+    manifest = compile(model, rows, args.output, options=options, name=_title(args.model), say=_log)
+    _say(render(manifest))
+    _say(f"\nartifact  {args.output}\nreport    {args.output / 'report.html'}")
+    return 0
+
+
+def _title(spec: str) -> str:
+    return Path(spec).stem if spec.endswith(".pt2") else spec.partition(":")[2]
+
+
+def _configure_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train a small residual network on scikit-learn's handwritten digits (real scans), compile it, run it, "
+        "and print what it saved."
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("demo-artifact"),
+        metavar="OUT",
+        help="(default %(default)s)",
+    )
+    parser.add_argument("--tolerance", type=float, default=0.01, metavar="T", help="(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+
+
+def _run_demo(args: argparse.Namespace) -> int:
+    digits = train_digits(args.seed, _log)
+    options = Options(tolerance=args.tolerance, seed=args.seed)
+    manifest = compile(digits.model, digits.images, args.output, labels=digits.labels, options=options, say=_log)
+    _say(render(manifest))
+    data = args.output.with_name(args.output.name + ".npz")
+    write_arrays(data, {"image": digits.images, "labels": digits.labels})
+    with load(args.output) as session:
+        answers = session.run(digits.images[:32])
+        left = ", ".join(f"{(answers.exits == e).sum()} at exit {e}" for e in range(session.exits))
+        _say(f"\nthe runtime answers a batch of 32: {left}")
+    _say(f"\nartifact  {args.output}\nreport    {args.output / 'report.html'}\ndata      {data}")
+    _say(f"try       offramp run {args.output} --data {data} -o answers.npz")
+    return 0
+
+
+candidates = Command(
+    "list the places in a model that can carry an exit, and why others cannot",
+    _configure_candidates,
+    _run_candidates,
+)
+compile_ = Command("model + unlabelled data + tolerance -> artifact", _configure_compile, _run_compile)
+demo = Command("train, compile and run a small network on real digits", _configure_demo, _run_demo)

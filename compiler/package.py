@@ -1,0 +1,195 @@
+"""Packing: an exit program and what is known of it become a manifest and the artifact's files.
+
+The emitted forms are checked against the eager run and measured before anything is written.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from offramp.passes import Backbone, ExitProgram, Limits
+from offramp.runtime.artifact import Artifact, file_spec, open_artifact, write_artifact
+from offramp.runtime.data import Rows
+from offramp.runtime.errors import UsageError
+from offramp.runtime.manifest import (
+    FORMAT_VERSION,
+    BackboneSpec,
+    ExitSpec,
+    Manifest,
+    Measured,
+    Plan,
+    Splits,
+    StageSpec,
+    TensorSpec,
+    Timing,
+)
+from offramp.runtime.session import load
+
+from . import measure
+from .distill import Head, Training
+from .emit import TARGETS, backbone_model, check_targets, emit, serialise
+from .equivalence import compare, require
+from .evaluate import evaluate, head_costs, run_program
+from .report import render_report
+from .splits import RowSplits
+from .thresholds import POLICIES, Costs, Records, Selection
+
+METRIC = "max_probability"
+_CHECKED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything `compile` may be told; the defaults are what most people want."""
+
+    tolerance: float = 0.01  # share of rows whose early answer may differ from the backbone's
+    policy: str = "joint"
+    seed: int = 0
+    targets: tuple[str, ...] = TARGETS
+    training: Training = field(default_factory=Training)
+    limits: Limits = field(default_factory=Limits)
+    max_candidates: int = 16  # more are thinned out evenly along the backbone's compute
+    threads: int | None = None  # to measure with; None: the cores this process may use
+    rounds: int = measure.ROUNDS
+    batches: tuple[int, ...] = measure.BATCHES  # to measure at; empty: measure nothing
+    preprocessing: str | None = None  # how a folder of images became rows; recorded, so that `run` repeats it
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tolerance) and 0 <= self.tolerance <= 1):
+            raise UsageError(f"tolerance {self.tolerance} is not a share of rows; give a number from 0 to 1")
+        if self.policy not in POLICIES:
+            raise UsageError(f"policy {self.policy!r} does not exist; choose one of {', '.join(POLICIES)}")
+        if self.seed < 0:
+            raise UsageError(f"seed {self.seed} is negative; give 0 or more")
+        if self.max_candidates < 1:
+            raise UsageError(f"at most {self.max_candidates} candidates leaves none; give 1 or more")
+        check_targets(self.targets)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What one compile knows when the exits are chosen."""
+
+    rows: Rows
+    splits: RowSplits
+    heads: Sequence[Head]  # of every candidate, chosen or not
+    temperatures: Sequence[float]  # one per head
+    recorded: Mapping[str, Records]  # splits select, certify, test
+    costs: Costs  # FLOPs
+    selection: Selection
+    options: Options
+
+
+def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
+    """Emit, check, measure, report -> manifest and files.
+
+    Raises `ModelError` when an operator has no ONNX form or an emitted form answers otherwise than the eager run.
+    """
+    stages, files = emit(program, job.options.targets)
+    files["records.npz"] = _records_file(job)
+    draft = _describe(program, job, stages, files)
+    with tempfile.TemporaryDirectory(prefix="offramp-") as folder:
+        write_artifact(Path(folder) / "draft", draft, files)
+        artifact = open_artifact(Path(folder) / "draft")
+        _check(program, artifact, job)
+        timings = _timings(program, artifact, job)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    measured = Measured(now, measure.machine(), measure.versions(), timings, {})
+    manifest = replace(draft, measured=measured)
+    page = render_report(manifest, job.recorded["select"], job.recorded["test"], job.costs)
+    measured = replace(measured, files={"report.html": file_spec(page)})
+    return replace(manifest, measured=measured), {**files, "report.html": page}
+
+
+def input_specs(backbone: Backbone) -> tuple[TensorSpec, ...]:
+    """The backbone's inputs as the manifest writes them."""
+    return tuple(TensorSpec(i.name, str(i.dtype).removeprefix("torch."), i.shape) for i in backbone.inputs)
+
+
+def _records_file(job: Job) -> bytes:
+    """`records.npz`: confidence and agreement of every candidate on every recorded split."""
+    arrays: dict[str, np.ndarray] = {
+        "candidates": np.array([h.candidate.name for h in job.heads]),
+        "temperatures": np.array(job.temperatures, np.float32),
+        "segment_flops": job.costs.segment,
+        "head_flops": job.costs.head,
+    }
+    for part, kept in job.recorded.items():
+        arrays[f"{part}_confidence"], arrays[f"{part}_agrees"] = kept.confidence, kept.agrees
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a flag among the names
+    return buffer.getvalue()
+
+
+def _describe(program: ExitProgram, job: Job, stages: Sequence[StageSpec], files: Mapping[str, bytes]) -> Manifest:
+    """The manifest, but for what is measured."""
+    backbone, selection, splits = program.backbone, job.selection, job.splits
+    labels = job.rows.labels[splits.test] if job.rows.labels is not None else None
+    thresholds = tuple(None if math.isinf(t) and t > 0 else t for t in selection.thresholds)
+    flops = round(sum(s.flops for s in program.segments))
+    parts = {part: len(getattr(splits, part)) for part in ("distil", "calibrate", "select", "certify", "test")}
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        backbone=BackboneSpec(backbone.name, backbone.fingerprint(), backbone.parameters(), flops, backbone.scores),
+        inputs=input_specs(backbone),
+        classes=backbone.classes,
+        confidence=program.plan.metric,
+        stages=tuple(stages),
+        exits=_exit_specs(program, [job.heads[index] for index in selection.chosen]),
+        plans=(Plan(selection.tolerance, selection.policy, thresholds),),
+        default_plan=0,
+        splits=Splits(splits.seed, **parts),
+        preprocessing=job.options.preprocessing,
+        evaluation=evaluate(program, run_program(program, job.rows, splits.test), labels),
+        files={name: file_spec(data) for name, data in files.items()},
+        measured=Measured("", "", {}, (), {}),
+    )
+
+
+def _exit_specs(program: ExitProgram, heads: Sequence[Head]) -> tuple[ExitSpec, ...]:
+    exits = []
+    for index, (head, flops) in enumerate(zip(heads, head_costs(program), strict=True)):
+        config = {"family": head.config.family, **head.config.settings}
+        exits.append(
+            ExitSpec(
+                place=head.candidate.place,
+                cut=head.candidate.name,
+                head=head.config.describe(),
+                head_config=config,
+                parameters=head.parameters(),
+                head_flops=flops,
+                segment_flops=round(program.segments[index].flops),
+                temperature=program.plan.exits[index].temperature,
+            )
+        )
+    return (*exits, ExitSpec("output", "", "backbone", {}, 0, 0, round(program.segments[-1].flops), 1.0))
+
+
+def _check(program: ExitProgram, artifact: Artifact, job: Job) -> None:
+    """Every emitted form against the eager run, on test rows."""
+    batch = job.rows.take(job.splits.test[:_CHECKED_ROWS])
+    manifest = artifact.manifest
+    if manifest.stages:
+        session = load(artifact.path, providers=["CPUExecutionProvider"], executor="segments")
+        require(compare(program, session, batch), "the ONNX segments")
+    if "model.onnx" in manifest.files:
+        session = load(artifact.path, providers=["CPUExecutionProvider"], executor="single-file")
+        require(compare(program, session, batch), "the single ONNX file")
+
+
+def _timings(program: ExitProgram, artifact: Artifact, job: Job) -> tuple[Timing, ...]:
+    options = job.options
+    if not options.batches:
+        return ()
+    plain = serialise(backbone_model(program))
+    bench = measure.Bench(artifact, plain, options.threads or measure.usable_cores())
+    test = job.splits.test
+    return tuple(bench.timing(job.rows, test, size, options.rounds, options.seed) for size in options.batches)
