@@ -153,6 +153,10 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
         "--max-candidates", type=positive, default=Options.max_candidates, metavar="N",
         help="train heads at no more than this many places (default %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR",
+        help="keep trained heads there for the next compile, under another tolerance say (default: not kept)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=positive, metavar="N", help="to measure with (default: all cores)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
 
@@ -170,7 +174,9 @@ def _run_compile(args: argparse.Namespace) -> int:
         threads=args.threads,
         preprocessing=args.preprocess,
     )
-    manifest = compile(model, rows, args.output, options=options, name=_title(args.model), say=_log)
+    manifest = compile(
+        model, rows, args.output, options=options, name=_title(args.model), work=args.work, say=_log
+    )
     _say(render(manifest))
     _say(f"\nartifact  {args.output}\nreport    {args.output / 'report.html'}")
     return 0

@@ -49,13 +49,15 @@ def compile(
     labels: np.ndarray | None = None,
     options: Options | None = None,
     name: str | None = None,
+    work: Path | None = None,
     say: Say = lambda line: None,
 ) -> Manifest:
     """Trained classifier + unlabelled inputs -> artifact at `out`; returns its manifest.
 
     `data` holds preprocessed rows (an array for a single input, arrays by input name, or any `Rows`); `labels`
     `[rows]` are used in the report only. Heads in training are kept in `<out>.work` until the artifact stands,
-    so that an interrupted call goes on where it was. `say` receives one line per step.
+    so that an interrupted call goes on where it was; with `work` they are kept there and stay, so that the next
+    call under another tolerance or policy need not train them again. `say` receives one line per step.
 
     Raises `ModelError`, `NoCandidateError`, `InputError`, `UsageError` or `StorageError`; then `out` is as it was.
     """
@@ -69,11 +71,11 @@ def compile(
     candidates = choose_candidates(backbone, found, options.max_candidates)
     say(f"{backbone.name}: {len(found.kept)} candidates, {len(found.refused)} places refused; {len(candidates)} taken")
 
-    work = out.with_name(out.name + ".work")
+    kept = work or out.with_name(out.name + ".work")
     configs = default_heads(backbone, candidates)
     heads = distil(
         backbone, candidates, configs, rows, learn=splits.distil, validate=splits.calibrate,
-        training=options.training, seed=options.seed, checkpoint=work / "heads.pt", report=say,
+        training=options.training, seed=options.seed, checkpoint=kept / "heads.pt", report=say,
     )  # fmt: skip
     temperatures = calibrate(record(backbone, heads, rows, splits.calibrate, "calibrate"))
     recorded = {
@@ -90,7 +92,8 @@ def compile(
     job = Job(rows, splits, heads, temperatures, recorded, costs(backbone, heads), selection, options)
     manifest, files = pack(program, job)
     write_artifact(out, manifest, files)
-    shutil.rmtree(work, ignore_errors=True)
+    if work is None:
+        shutil.rmtree(kept, ignore_errors=True)
     return manifest
 
 

@@ -1,0 +1,94 @@
+"""CIFAR-10: the trained ResNet-20 and ResNet-56, compiled from unlabelled test images.
+
+    python -m benchmarks.cifar10_resnet [--models resnet20 resnet56] [--tolerances 0.005 0.01 0.02]
+
+The papers' protocol: the 10,000 test images are the inference traffic, the training set is not used; labels
+are used in the report only; every figure is on the rows held out as `test`. Heads are distilled once per
+model, then exits are chosen, emitted and measured at each tolerance. Writes results/cifar10_resnet.json and
+the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.cifar import data_dir, load_images, resnet20, resnet56
+from benchmarks.tables import write_table
+from offramp.compiler import Options, Training, compile, load_weights
+from offramp.compiler.measure import machine, versions
+from offramp.runtime.manifest import Manifest
+
+MODELS = {"resnet20": resnet20, "resnet56": resnet56}
+RESULTS = Path(__file__).parent / "results" / "cifar10_resnet.json"
+ARTIFACTS = Path("build") / "benchmarks"
+
+
+def run(model: str, tolerance: float, epochs: int, threads: int, seed: int) -> Manifest:
+    """Compile one model at one tolerance; heads trained for an earlier tolerance are taken up again."""
+    images, labels = load_images()
+    backbone = MODELS[model]()
+    load_weights(backbone, data_dir() / "cifar10" / f"{model}.safetensors")
+    out, work = ARTIFACTS / f"{model}-{tolerance:g}", ARTIFACTS / f"{model}.work"
+    options = Options(tolerance=tolerance, seed=seed, threads=threads, training=Training(epochs=epochs))
+    return compile(backbone, images, out, labels=labels, options=options, name=model, work=work, say=_log)
+
+
+def summary(model: str, manifest: Manifest) -> dict[str, object]:
+    """What the JSON keeps of one artifact."""
+    seen = manifest.evaluation
+    assert seen.accuracy is not None and seen.accuracy_backbone is not None
+    return {
+        "model": model,
+        "tolerance": manifest.plans[0].tolerance,
+        "exits": [
+            {"place": e.place, "head": e.head, "head_flops": e.head_flops, **asdict(v)}
+            for e, v in zip(manifest.exits, seen.exits, strict=True)
+        ],
+        "rows": seen.rows,
+        "disagreement": seen.disagreement,
+        "disagreement_interval": seen.disagreement_interval,
+        "accuracy_backbone": seen.accuracy_backbone,
+        "accuracy": seen.accuracy,
+        "flops_backbone": seen.flops_backbone,
+        "flops": seen.flops,
+        "saved": 1 - seen.flops / seen.flops_backbone,
+        "oracle_saved": 1 - seen.oracle_flops / seen.flops_backbone,
+        "timings": [asdict(t) for t in manifest.measured.timings],
+    }
+
+
+def _log(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--tolerances", nargs="+", type=float, default=[0.005, 0.01, 0.02])
+    parser.add_argument("--epochs", type=int, default=Training.epochs)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rows = []
+    for model in args.models:
+        for tolerance in args.tolerances:
+            manifest = run(model, tolerance, args.epochs, args.threads, args.seed)
+            rows.append(summary(model, manifest))
+    result = {
+        "command": "python -m benchmarks.cifar10_resnet",
+        "machine": machine(),
+        "versions": versions(),
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "results": rows,
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_table("cifar10_resnet", rows)
+
+
+if __name__ == "__main__":
+    main()
