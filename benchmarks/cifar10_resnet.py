@@ -13,14 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.cifar import data_dir, load_images, resnet20, resnet56
-from benchmarks.tables import write_table
+from benchmarks.tables import markdown, replace_block
 from offramp.compiler import Options, Training, compile, load_weights
 from offramp.compiler.measure import machine, versions
 from offramp.runtime.manifest import Manifest
+from offramp.runtime.table import percent, render
 
 MODELS = {"resnet20": resnet20, "resnet56": resnet56}
 RESULTS = Path(__file__).parent / "results" / "cifar10_resnet.json"
@@ -61,6 +63,34 @@ def summary(model: str, manifest: Manifest) -> dict[str, object]:
     }
 
 
+HEAD = (
+    "model, tolerance", "exits", "compute saved", "oracle", "disagreement (95 %)", "accuracy",
+    "ms per row, batch 1", "saved", "over ideal", "ms per row, batch 32", "saved", "over ideal",
+)  # fmt: skip
+
+
+def table(manifests: Sequence[tuple[str, Manifest]]) -> str:
+    """The README's table."""
+    rows = []
+    for model, manifest in manifests:
+        seen = manifest.evaluation
+        assert seen.accuracy is not None and seen.accuracy_backbone is not None
+        low, high = seen.disagreement_interval
+        cells = [
+            f"{model}, {percent(manifest.plans[0].tolerance)}",
+            str(len(manifest.exits) - 1),
+            percent(1 - seen.flops / seen.flops_backbone),
+            percent(1 - seen.oracle_flops / seen.flops_backbone),
+            f"{percent(seen.disagreement)} ({low * 100:.1f} - {high * 100:.1f})",
+            f"{seen.accuracy_backbone * 100:.2f} → {seen.accuracy * 100:.2f}",
+        ]
+        for timing in manifest.measured.timings:
+            over = "-" if timing.ideal_over is None else f"{timing.ideal_over:.2f}"
+            cells += [f"{timing.backbone_ms:.3f} → {timing.offramp_ms:.3f}", percent(1 - timing.ratio), over]
+        rows.append(cells)
+    return markdown(HEAD, rows)
+
+
 def _log(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
@@ -73,21 +103,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rows = []
+    manifests: list[tuple[str, Manifest]] = []
     for model in args.models:
         for tolerance in args.tolerances:
-            manifest = run(model, tolerance, args.epochs, args.threads, args.seed)
-            rows.append(summary(model, manifest))
+            manifests.append((model, run(model, tolerance, args.epochs, args.threads, args.seed)))
+            _log(render(manifests[-1][1]))
     result = {
         "command": "python -m benchmarks.cifar10_resnet",
         "machine": machine(),
         "versions": versions(),
         "seed": args.seed,
         "epochs": args.epochs,
-        "results": rows,
+        "results": [summary(model, manifest) for model, manifest in manifests],
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    write_table("cifar10_resnet", rows)
+    replace_block("cifar10_resnet", table(manifests))
 
 
 if __name__ == "__main__":

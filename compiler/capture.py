@@ -5,8 +5,9 @@ torch.export traces the model with a dynamic batch, the exported program is made
 checked by running real rows: that the output is one finite score vector per row, and that a row's scores do
 not depend on the other rows of its batch.
 
-Refused: a model that torch.export cannot trace (with torch's reason), one that fixes the batch size or writes
-to its own buffers, an output that is not `[B, K]` with K >= 2, a batch-dependent model.
+Refused: rows the model does not run on, a model that torch.export cannot trace (with torch's reason), one that
+fixes the batch size or writes to its own buffers, an output that is not `[B, K]` float32 with K >= 2, an input
+named like an artifact's output, a batch-dependent model.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from offramp.passes import Backbone, Input, normalise
-from offramp.runtime.errors import BatchDependentError, InputError, ModelError
+from offramp.runtime.errors import BatchDependentError, InputError, ModelError, OfframpError
 
 # Batch norm, attention and resizing run other kernels at other batch sizes; what differs by no more than this
 # share of the scores' own scale is rounding, not dependence.
 _ROW_TOLERANCE = 1e-3
+# What an artifact's own inputs and outputs are called.
+_RESERVED = ("probabilities", "confidence", "exit", "thresholds")
 
 
 def capture(
@@ -56,6 +59,9 @@ def capture(
     graph_module = _lift_parameters(exported, title)
     batch_symbol = _batch_symbol(graph_module, title)
     inputs = tuple(_input(n, batch_symbol) for n in graph_module.graph.find_nodes(op="placeholder"))
+    taken = [i.name for i in inputs if i.name in _RESERVED]
+    if taken:
+        raise ModelError(f"{title}: an artifact has a {taken[0]!r} of its own; rename this input of the model")
     classes = _classes(graph_module, batch_symbol, title)
     arguments = bind(inputs, example, title)
     scores = _run(graph_module, arguments, title)
@@ -101,12 +107,34 @@ def _export(model: nn.Module, example: Mapping[str, torch.Tensor], title: str) -
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
+            _try(model, arguments, keywords, title)
             return torch.export.export(model, arguments, keywords, dynamic_shapes=shapes, strict=False)
+    except OfframpError:
+        raise
     except Exception as error:
-        raise ModelError(f"{title} cannot be exported: {_first_lines(error)}") from error
+        raise ModelError(
+            f"{title} cannot be exported: {_first_lines(error)}; rewrite what torch.export cannot trace"
+        ) from error
     finally:
         for module, flag in training.items():
             module.training = flag
+
+
+def _try(model: nn.Module, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor], title: str) -> None:
+    """What fails already here is not the tracing: most often rows of another shape or dtype."""
+    try:
+        model(*arguments, **keywords)
+    except Exception as error:  # a person's own code: anything may come out of it
+        given = _describe(keywords or {"": arguments[0]})
+        raise InputError(f"{title} does not run on {given}: {_first_lines(error)}; {_RESHAPE}") from error
+
+
+_RESHAPE = "give rows of the shape and dtype it was trained on"
+
+
+def _describe(given: Mapping[str, torch.Tensor]) -> str:
+    rows = [f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}".strip() for name, t in given.items()]
+    return f"the data ({', '.join(rows)})"
 
 
 def _first_lines(error: Exception) -> str:
@@ -201,11 +229,11 @@ def _classes(module: fx.GraphModule, batch_symbol: str, title: str) -> int:
     value = next(iter(reversed(module.graph.nodes))).args[0].meta["val"]
     shape = list(value.shape)
     fits = len(shape) == 2 and str(shape[0]) == batch_symbol and isinstance(shape[1], int) and shape[1] >= 2
-    if not fits or not value.dtype.is_floating_point:
+    if not fits or value.dtype != torch.float32:
         printed = ["batch" if str(s) == batch_symbol else s for s in shape]
         raise ModelError(
             f"{title} returns {value.dtype} {printed}, not one score vector per row; "
-            "wrap it so that it returns floating-point scores [batch, classes] with 2 classes or more"
+            "wrap it so that it returns float32 scores [batch, classes] with 2 classes or more"
         )
     return int(shape[1])
 
@@ -215,7 +243,9 @@ def _run(module: fx.GraphModule, arguments: tuple[torch.Tensor, ...], title: str
         try:
             scores: torch.Tensor = module(*arguments)
         except (RuntimeError, IndexError) as error:
-            raise ModelError(f"{title} does not run on the data: {_first_lines(error)}") from error
+            names = [str(n.target) for n in module.graph.find_nodes(op="placeholder")]
+            given = _describe(dict(zip(names, arguments, strict=True)))
+            raise InputError(f"{title} does not run on {given}: {_first_lines(error)}; {_RESHAPE}") from error
     if not torch.isfinite(scores).all():
         row = int((~torch.isfinite(scores)).any(1).nonzero()[0])
         raise ModelError(f"{title} gives a score that is not finite for row {row} of the data; check weights and data")

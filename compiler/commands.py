@@ -174,9 +174,7 @@ def _run_compile(args: argparse.Namespace) -> int:
         threads=args.threads,
         preprocessing=args.preprocess,
     )
-    manifest = compile(
-        model, rows, args.output, options=options, name=_title(args.model), work=args.work, say=_log
-    )
+    manifest = compile(model, rows, args.output, options=options, name=_title(args.model), work=args.work, say=_log)
     _say(render(manifest))
     _say(f"\nartifact  {args.output}\nreport    {args.output / 'report.html'}")
     return 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,11 +27,15 @@ from torch.nn import functional as F
 from offramp.passes import Backbone, Candidate, probabilities, row_shape
 from offramp.passes.taps import tap
 from offramp.runtime.data import Rows
+from offramp.runtime.errors import StorageError, UsageError
 
 from .augment import default_augmentation, find_augmentation
 from .capture import bind
 from .heads import HeadConfig, build_head, default_head
 from .progress import bar
+
+# What torch.load raises for bytes that no torch.save wrote.
+_UNREADABLE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, pickle.PickleError)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,17 @@ class Training:
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
     augment: str | None = None  # a name from augment.AUGMENTATIONS; None: by the kind of input
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch < 2:
+            raise UsageError(f"{self.epochs} epochs of batches of {self.batch}: give 1 epoch and batches of 2 or more")
+        if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf):
+            raise UsageError(
+                f"learning rate {self.learning_rate}, weight decay {self.weight_decay}: "
+                "give a positive rate and a decay of 0 or more"
+            )
+        if self.augment is not None:
+            find_augmentation(self.augment)
 
 
 @dataclass(frozen=True)
@@ -89,7 +105,10 @@ def distil(
     training = replace(training, augment=name)
     report(f"distilling {len(candidates)} heads on {len(learn)} rows, {training.epochs} epochs, augmentation {name}")
     trainer = _Trainer(backbone, candidates, configs, data, learn, validate, training, seed)
-    start = trainer.resume(checkpoint) if checkpoint is not None else 0
+    start = 0
+    if checkpoint is not None:
+        _make_folder(checkpoint.parent)
+        start = trainer.resume(checkpoint)
     if start:
         report(f"resuming after epoch {start} of {training.epochs}")
     for epoch in range(start, training.epochs):
@@ -204,14 +223,18 @@ class _Trainer:
             "epochs": epochs,
             "modules": self.modules.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "schedule": {"last_epoch": self.schedule.last_epoch, "_step_count": self.schedule._step_count},
+            "schedule": self.schedule.state_dict(),
             "best": self.best,
             "best_loss": self.best_loss,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        try:
+            torch.save(state, partial)
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
+            raise StorageError(f"{path}: heads in training could not be kept ({_reason(error)}); free space") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     def resume(self, path: Path) -> int:
         """Epochs done according to the checkpoint; 0 if there is none for this very job."""
@@ -219,15 +242,28 @@ class _Trainer:
             return 0
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, OSError):
+        except _UNREADABLE:
             return 0  # an unreadable checkpoint only costs the time it would have saved
-        if state.get("fingerprint") != self.fingerprint():
+        if not isinstance(state, dict) or state.get("fingerprint") != self.fingerprint():
             return 0
         self.modules.load_state_dict(state["modules"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
         self.best, self.best_loss = state["best"], state["best_loss"]
         return int(state["epochs"])
+
+
+def _make_folder(folder: Path) -> None:
+    """Before training rather than after an epoch of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be made ({_reason(error)}); choose another output") from error
+
+
+def _reason(error: Exception) -> str:
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(said).splitlines()[0][:200]
 
 
 def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

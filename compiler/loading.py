@@ -5,18 +5,17 @@ Weights are read from safetensors or from a `.pt` holding tensors only; nothing 
 
 from __future__ import annotations
 
-import importlib
-import pickle
-import sys
+import logging
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.export import ExportedProgram
 
 from offramp.runtime.errors import ModelError, UsageError
+from offramp.runtime.reference import is_reference, load_reference
 
 
 def load_model(spec: str, weights: Path | None = None) -> nn.Module | ExportedProgram:
@@ -58,8 +57,10 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             state: dict[str, torch.Tensor] = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of pickle protocols; the error says enough
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the bytes of any file at all: torch's reader raises whatever they lead it to
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(f"weights {path}: not readable ({reason}); save tensors only, best as safetensors") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -70,27 +71,22 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
 def _load_pt2(path: Path) -> ExportedProgram:
     if not path.is_file():
         raise UsageError(f"model {path}: no such file")
+    log = logging.getLogger("torch.export")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # a traceback per format it tries
     try:
         return torch.export.load(path)
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(f"model {path}: not a readable .pt2 ({reason}); save it with torch.export.save") from error
+    finally:
+        log.setLevel(level)
 
 
 def _call(spec: str) -> nn.Module:
-    module_name, _, attribute = spec.partition(":")
-    if not attribute:
-        raise UsageError(f"model {spec!r} is neither package.module:callable nor a .pt2 file")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise UsageError(
-            f"model {spec}: cannot import {module_name} ({error}); run where it can be imported"
-        ) from error
-    except AttributeError as error:
-        raise UsageError(f"model {spec}: {module_name} has no {attribute}") from error
+    if not is_reference(spec):
+        raise UsageError(f"model {spec!r} is neither package.module:callable nor a .pt2 file; give one of them")
+    found = load_reference(spec)
     try:
         model = found if isinstance(found, nn.Module) else found()
     except Exception as error:

@@ -92,6 +92,7 @@ class Bench:
             offramp_ms=float(np.median(ours)) * per_row,
             ratio=float(np.median(ratios)),
             ratio_quartiles=(float(np.quantile(ratios, 0.25)), float(np.quantile(ratios, 0.75))),
+            ideal_over=float(np.median(np.array(ours) / np.array(alone).sum(1))) if self.stages else None,
             ideal_ms=float(np.median(stages.sum(1))) if self.stages else None,
             stage_ms=tuple(float(m) for m in np.median(stages, axis=0)),
         )

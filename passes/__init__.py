@@ -13,7 +13,7 @@ from .candidates import FILTERS, Candidate, Candidates, Filter, Limits, Refusal,
 from .contract import Pass, PassResult
 from .cuts import Cut, ValueGraph, analyse
 from .flops import module_flops, node_flops
-from .normalise import NORMALISATION, RemoveAssertions, RemoveIdentities, normalise
+from .normalise import NORMALISATION, RemoveAssertions, RemoveIdentities, ReshapeViews, normalise
 from .plan import METRICS, ExitPlan, PlannedExit
 from .program import ExitProgram, InsertExits, build_program, confidence, exit_if, gather
 from .segments import Segment, split
@@ -40,6 +40,7 @@ __all__ = [
     "Refusal",
     "RemoveAssertions",
     "RemoveIdentities",
+    "ReshapeViews",
     "Segment",
     "ValueGraph",
     "analyse",

@@ -98,6 +98,11 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
 
 
+def value_name(node: fx.Node) -> str:
+    """What a node's value is called: an input by the model's own name, which fx may not let a node have (`input`)."""
+    return str(node.target) if node.op == "placeholder" else node.name
+
+
 def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module the node came from; the node's own name if unknown."""
     stack = node.meta.get("nn_module_stack") or {}

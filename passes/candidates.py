@@ -5,7 +5,7 @@ The rules, in the order they are asked:
 
 1. single dominator   no path to the output goes round the node (else: which node bypasses it)
 2. one tensor         a tuple is not a value a head can read
-3. batch first        dimension 0 is exactly the batch symbol, the value is floating point of rank 2 to 4
+3. batch first        dimension 0 is exactly the batch symbol, the value is float32 of rank 2 to 4
 4. inference          dropout and batch norm only rescale what stands before them
 5. component          the value leaves a first-level component of the model (paper, 3.1), where components
                       are known; containers, and modules that are little more than a chain of equal
@@ -25,7 +25,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from .backbone import Backbone, module_path
+from .backbone import Backbone, module_path, value_name
 from .cuts import Cut, ValueGraph, analyse, row_bytes
 
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")
@@ -106,8 +106,8 @@ def batch_first(node: fx.Node, context: Context) -> str | None:
     if not context.values.is_compactable(node):
         first = str(value.shape[0]) if value.dim() else "nothing"
         return f"dimension 0 is {first}, not the batch: rows cannot be dropped here"
-    if not value.dtype.is_floating_point:
-        return f"holds {value.dtype}, not floating point"
+    if value.dtype != torch.float32:
+        return f"holds {value.dtype}; heads read float32"
     if not 2 <= value.dim() <= 4:
         return f"rank {value.dim()}: heads read [B, D], [B, T, D] or [B, C, H, W]"
     return None
@@ -137,7 +137,7 @@ def side_inputs(node: fx.Node, context: Context) -> str | None:
     if cut.stuck:
         return f"{cut.stuck[0].name} is read behind it and its dimension 0 is not the batch"
     if cut.side_bytes > context.limits.side_bytes:
-        names = ", ".join(n.name for n in cut.side_inputs)
+        names = ", ".join(value_name(n) for n in cut.side_inputs)
         bound = context.limits.side_bytes
         return f"side inputs {names} take {cut.side_bytes:,} bytes a row, over the bound of {bound:,}"
     return None
@@ -191,7 +191,7 @@ def _candidate(node: fx.Node, context: Context, total: float) -> Candidate:
     cut = context.cuts.get(node) or context.values.cut(node)
     before = context.values.flops_until(node)
     shape = ("batch", *(int(s) if isinstance(s, int) else str(s) for s in node.meta["val"].shape[1:]))
-    sides = tuple(n.name for n in cut.side_inputs)
+    sides = tuple(value_name(n) for n in cut.side_inputs)
     return Candidate(node.name, module_path(node), shape, sides, cut.side_bytes, before, total - before)
 
 

@@ -165,8 +165,8 @@ def analyse(backbone: Backbone) -> ValueGraph:
             if node.op != "output" and _is_free(node, flops) and all(n in side for n in sources):
                 side.add(node)
                 continue
-            for source in sources:
-                graph.add_edge(SOURCE if source in side else source, node)
+            for source in [n for n in sources if n not in side] or [SOURCE]:
+                graph.add_edge(source, node)
     return ValueGraph(backbone, frozenset(carrying), frozenset(side), flops, _needed(graph))
 
 

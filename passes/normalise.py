@@ -2,8 +2,11 @@
 
 1. `RemoveAssertions` drops run-time checks: they hold no value, and across a cut they would ask for one.
 2. `RemoveIdentities` drops nodes that return their input at inference (dropout, detach, alias, clone).
+3. `ReshapeViews` turns `view` into `reshape`: tracing wrote down views because of the strides it saw, but another
+   kernel of the same operator (attention for no rows, or on another device) may lay its result out otherwise.
 
-Both are safe on a functional graph: no node writes to its input, so two names for one value are one value.
+All are safe on a functional graph: no node writes to its input, so two names for one value are one value, and
+whether a reshape copies shows nowhere.
 """
 
 from __future__ import annotations
@@ -72,7 +75,24 @@ class RemoveIdentities(Pass[Backbone, Backbone]):
         return [f"{n.name} still returns its input" for n in subject.graph.nodes if is_identity(n)]
 
 
-NORMALISATION: tuple[Pass[Backbone, Backbone], ...] = (RemoveAssertions(), RemoveIdentities())
+class ReshapeViews(Pass[Backbone, Backbone]):
+    """Views ask for strides; reshapes take what comes."""
+
+    def call(self, subject: Backbone) -> PassResult[Backbone]:
+        if not _views(subject):
+            return PassResult(subject, modified=False)
+        result = replace(subject, graph_module=copy_graph_module(subject.graph_module))
+        for node in _views(result):
+            node.target = aten.reshape.default
+        result.graph.lint()
+        result.graph_module.recompile()
+        return PassResult(result, modified=True)
+
+    def ensures(self, subject: Backbone) -> list[str]:
+        return [f"{n.name} is still a view" for n in _views(subject)]
+
+
+NORMALISATION: tuple[Pass[Backbone, Backbone], ...] = (RemoveAssertions(), RemoveIdentities(), ReshapeViews())
 
 
 def normalise(backbone: Backbone) -> Backbone:
@@ -80,6 +100,10 @@ def normalise(backbone: Backbone) -> Backbone:
     for step in NORMALISATION:
         backbone = step(backbone).subject
     return backbone
+
+
+def _views(backbone: Backbone) -> list[fx.Node]:
+    return list(backbone.graph.find_nodes(op="call_function", target=aten.view.default))
 
 
 def _without(backbone: Backbone, drop: Any) -> PassResult[Backbone]:

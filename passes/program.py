@@ -157,7 +157,7 @@ def _top_graph(
         answers.append(graph.call_function(probabilities, (logits, "logits", planned.temperature)))
         sure = graph.call_function(confidence, (answers[-1], plan.metric))
         live = tuple(known[n] for n in segment.carries)
-        exited = graph.call_function(exit_if, (sure, planned.threshold, live))
+        exited = graph.call_function(exit_if, (sure, float(planned.threshold), live))
         kept = graph.call_function(operator.getitem, (exited, 0))
         rows.append(graph.call_function(operator.getitem, (exited, 1)))
         known = {

@@ -21,7 +21,7 @@ from torch import fx
 
 from offramp.runtime.errors import PassError, PlanError
 
-from .backbone import Backbone, is_size
+from .backbone import Backbone, is_size, value_name
 from .cuts import ValueGraph, analyse, data_arguments
 
 
@@ -93,9 +93,9 @@ class _Splitter:
             segments.append(
                 Segment(
                     module,
-                    tuple(n.name for n in inputs),
-                    tuple(n.name for n in outputs),
-                    tuple(n.name for n in carries),
+                    tuple(value_name(n) for n in inputs),
+                    tuple(value_name(n) for n in outputs),
+                    tuple(value_name(n) for n in carries),
                     sum(self.values.flops.get(n.name, 0.0) for n in self.members[index]),
                 )
             )
@@ -120,7 +120,7 @@ class _Splitter:
         graph = fx.Graph()
         here: dict[fx.Node, fx.Node] = {}
         for node in inputs:
-            here[node] = graph.placeholder(node.name)
+            here[node] = graph.placeholder(value_name(node))
             here[node].meta = copy.copy(node.meta)
         builder = _GraphBuilder(self.values, graph, here, set(self.members[index]))
         for node in self.members[index]:

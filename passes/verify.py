@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
+
+from .backbone import value_name
 
 if TYPE_CHECKING:
     from .program import ExitProgram
@@ -55,7 +58,7 @@ def live_sets_match(program: ExitProgram) -> Iterator[str]:
 
 
 def batch_is_first(program: ExitProgram) -> Iterator[str]:
-    values = {n.name: n.meta.get("val") for n in program.backbone.graph.nodes}
+    values = {value_name(n): n.meta.get("val") for n in program.backbone.graph.nodes}
     for index, segment in enumerate(program.segments):
         for name in segment.carries:
             value = values[name]
@@ -66,7 +69,7 @@ def batch_is_first(program: ExitProgram) -> Iterator[str]:
 
 def edges_agree(program: ExitProgram) -> Iterator[str]:
     """Shape and dtype of a segment's placeholder are those of the value it is given."""
-    values = {n.name: n.meta.get("val") for n in program.backbone.graph.nodes}
+    values = {value_name(n): n.meta.get("val") for n in program.backbone.graph.nodes}
     for index, segment in enumerate(program.segments):
         for node in segment.graph_module.graph.find_nodes(op="placeholder"):
             given, expected = values.get(node.target), node.meta.get("val")
@@ -78,14 +81,16 @@ def edges_agree(program: ExitProgram) -> Iterator[str]:
 
 
 def parameters_have_one_owner(program: ExitProgram) -> Iterator[str]:
+    """A parameter belongs to one segment, or to no more than the places at which the backbone itself reads it."""
     owners = Counter(
         node.target
         for segment in program.segments
         for node in {n.target: n for n in segment.graph_module.graph.find_nodes(op="get_attr")}.values()
         if isinstance(_attribute(segment.graph_module, str(node.target)), torch.nn.Parameter)
     )
+    places = {n.target: _places(n) for n in program.backbone.graph.find_nodes(op="get_attr")}
     for name, count in owners.items():
-        if count > 1:
+        if count > max(1, places.get(name, 0)):
             yield f"parameter {name} is read by {count} segments"
 
 
@@ -122,6 +127,16 @@ RULES: tuple[tuple[str, Rule], ...] = (
 def violations(program: ExitProgram) -> list[str]:
     """Every rule broken, as `rule: what`; empty for a sound program."""
     return [f"{name}: {what}" for name, rule in RULES for what in rule(program)]
+
+
+def _places(node: fx.Node) -> int:
+    """How many nodes read a parameter together with data; what is made of parameters alone counts as they do."""
+    return sum(_places(user) if all(_constant(a) for a in user.all_input_nodes) else 1 for user in node.users)
+
+
+def _constant(node: fx.Node) -> bool:
+    """Whether the value depends on no input."""
+    return node.op != "placeholder" and all(_constant(a) for a in node.all_input_nodes)
 
 
 def _attribute(module: torch.nn.Module, path: str) -> object:

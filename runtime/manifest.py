@@ -145,6 +145,7 @@ class Timing:
     offramp_ms: float
     ratio: float  # offramp / backbone, median over rounds
     ratio_quartiles: tuple[float, float]
+    ideal_over: float | None  # offramp / ideal, median over rounds
     ideal_ms: float | None  # sum over stages of the stage's own time for the rows that reach it
     stage_ms: tuple[float, ...]  # each stage alone, per row of the batch, on the rows that reach it
 

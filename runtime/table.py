@@ -109,7 +109,8 @@ def _whole(manifest: Manifest) -> str:
 
 
 def _times(manifest: Manifest) -> str:
-    lines = [("ms per row", "before", "after", "ratio", "quartiles", "saves", "ideal", "threads", "rounds")]
+    head = ("ms per row", "before", "after", "ratio", "quartiles", "saves", "ideal", "over ideal", "threads", "rounds")
+    lines = [head]
     for timing in manifest.measured.timings:
         low, high = timing.ratio_quartiles
         lines.append(
@@ -121,6 +122,7 @@ def _times(manifest: Manifest) -> str:
                 f"{low:.3f} - {high:.3f}",
                 percent(1 - timing.ratio),
                 _NONE if timing.ideal_ms is None else f"{timing.ideal_ms:.4f}",
+                _NONE if timing.ideal_over is None else f"{timing.ideal_over:.3f}",
                 str(timing.threads),
                 str(timing.rounds),
             )

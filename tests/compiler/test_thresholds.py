@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from offramp.compiler.joint import Ints, _descend, _evaluate, _limit, _Problem, column
 from offramp.compiler.thresholds import (
     EXHAUSTIVE,
     POLICIES,
@@ -33,12 +35,11 @@ from offramp.runtime.errors import InputError, UsageError
 
 Floats = NDArray[np.float64]
 TOLERANCES = (0.0, 0.03, 0.1, 0.29, 1 / 3, float(np.nextafter(0.3, 0.0)), 1.0)
+steady = settings(deadline=None)  # the time of one example says nothing on a busy machine
 some_tolerance = st.sampled_from(TOLERANCES)
 
 
-def simulated(
-    rows: int, candidates: int, seed: int, head: float = 0.02, digits: int = 9
-) -> tuple[Records, Costs]:
+def simulated(rows: int, candidates: int, seed: int, head: float = 0.02, digits: int = 9) -> tuple[Records, Costs]:
     """Rows share a difficulty over all exits, deeper exits agree more, confidence follows agreement."""
     rng = np.random.default_rng(seed)
     depth = np.linspace(-0.5, 2.2, candidates)
@@ -47,9 +48,7 @@ def simulated(
     logit = 2 * ease + 0.8 * rng.normal(size=(rows, candidates)) + 1.2 * (agrees - 0.5)
     confidence = np.round(1 / (1 + np.exp(-logit)), digits).astype(np.float32)
     segment = rng.uniform(0.5, 1.5, candidates + 1)
-    return Records(confidence, agrees), Costs(
-        segment / segment.sum(), head * rng.uniform(0.5, 1.5, candidates)
-    )
+    return Records(confidence, agrees), Costs(segment / segment.sum(), head * rng.uniform(0.5, 1.5, candidates))
 
 
 @st.composite
@@ -65,7 +64,7 @@ def cases(draw: st.DrawFn, most_rows: int = 40, most_candidates: int = 4) -> tup
     if kind == "ties":
         confidence = np.round(confidence, 1)
     elif kind == "edges":
-        close = np.array([0, 1e-45, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1], np.float32)
+        close = np.array([0, 1e-45, 0.5, 0.5 + 2**-24, 0.5 + 2**-23, 1], np.float32)
         confidence = rng.choice(close, (rows, candidates))
     agrees = rng.random((rows, candidates)) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
     scale = draw(st.sampled_from([1e-6, 1.0, 1e12]))
@@ -141,6 +140,7 @@ def check(records: Records, costs: Costs, found: Selection) -> None:
     assert at_most(found.expected_cost, costs.segment.sum())
 
 
+@steady
 @given(cases(), st.data())
 def test_evaluation_equals_a_row_at_a_time(case: tuple[Records, Costs], data: st.DataObject) -> None:
     records, costs = case
@@ -167,6 +167,7 @@ def test_evaluation_by_hand() -> None:
     assert oracle_cost(records, costs) == (1 + 1 + 7 + 3) / 4
 
 
+@steady
 @given(cases())
 def test_no_plan_beats_the_oracle(case: tuple[Records, Costs]) -> None:
     records, costs = case
@@ -176,6 +177,7 @@ def test_no_plan_beats_the_oracle(case: tuple[Records, Costs]) -> None:
     assert at_most(oracle_cost(records, costs), joint(records, costs, 0.0).expected_cost)
 
 
+@steady
 @given(cases(most_candidates=1), some_tolerance)
 def test_equation_3_equals_brute_force(case: tuple[Records, Costs], budget: float) -> None:
     confidence, agrees = case[0].confidence[:, 0], case[0].agrees[:, 0]
@@ -187,11 +189,7 @@ def test_equation_3_equals_brute_force(case: tuple[Records, Costs], budget: floa
     values = np.unique(confidence)
     for lower, upper in zip([-math.inf, *values.tolist()], values.tolist(), strict=False):
         parted = np.float32((max(lower, -1.0) + upper) / 2)
-        if (
-            lower < parted < upper
-            and parted < threshold
-            and not np.array_equal(leaving, confidence >= parted)
-        ):
+        if lower < parted < upper and parted < threshold and not np.array_equal(leaving, confidence >= parted):
             assert ((confidence >= parted) & ~agrees).sum() / len(agrees) > budget
 
 
@@ -206,6 +204,7 @@ def test_equation_3_by_hand() -> None:
     assert equation_3_threshold(tied, np.array([True, False, True]), 0.0) == math.inf
 
 
+@steady
 @given(cases(), some_tolerance)
 def test_every_policy_keeps_the_tolerance_and_joint_is_never_dearer(
     case: tuple[Records, Costs], tolerance: float
@@ -245,11 +244,9 @@ def subset_scores(records: Records, costs: Costs, tolerance: float, share: str) 
     return best
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(cases(), st.sampled_from([0.0, 0.05, 0.2, 0.5]), st.sampled_from(["geometric", "equal"]))
-def test_the_budgeted_policies_take_the_best_subset(
-    case: tuple[Records, Costs], tolerance: float, name: str
-) -> None:
+def test_the_budgeted_policies_take_the_best_subset(case: tuple[Records, Costs], tolerance: float, name: str) -> None:
     records, costs = case
     found = select(name, records, costs, tolerance)
     score = equation_4_score(records, costs, found.chosen, found.thresholds)
@@ -273,7 +270,7 @@ def test_growing_a_subset_comes_close_to_trying_all(
     assert exact.expected_cost < costs.segment.sum()
 
 
-def test_joint_comes_within_a_few_percent_of_the_optimum() -> None:
+def test_joint_finds_the_optimum_of_small_records() -> None:
     gaps = []
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -282,11 +279,11 @@ def test_joint_comes_within_a_few_percent_of_the_optimum() -> None:
         tolerance = TOLERANCES[seed % 5]
         gaps.append(joint(records, costs, tolerance).expected_cost / cheapest(records, costs, tolerance) - 1)
     assert min(gaps) >= -1e-12
-    assert max(gaps) <= 0.03
-    assert float(np.mean(gaps)) <= 0.001
+    assert max(gaps) <= 0.01
+    assert float(np.mean(np.array(gaps) < 1e-9)) >= 0.99
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(cases(most_rows=15, most_candidates=3), some_tolerance)
 def test_joint_never_claims_less_than_the_optimum(case: tuple[Records, Costs], tolerance: float) -> None:
     # Adjacent float32 confidences cannot be parted, so the optimum may be out of reach here, never beaten.
@@ -294,10 +291,9 @@ def test_joint_never_claims_less_than_the_optimum(case: tuple[Records, Costs], t
     assert at_most(cheapest(records, costs, tolerance), joint(records, costs, tolerance).expected_cost)
 
 
+@steady
 @given(cases(), some_tolerance, st.integers(0, 99))
-def test_the_order_of_the_rows_is_irrelevant(
-    case: tuple[Records, Costs], tolerance: float, seed: int
-) -> None:
+def test_the_order_of_the_rows_is_irrelevant(case: tuple[Records, Costs], tolerance: float, seed: int) -> None:
     records, costs = case
     shuffle = np.random.default_rng(seed).permutation(records.rows)
     shuffled = Records(records.confidence[shuffle], records.agrees[shuffle])
@@ -351,7 +347,7 @@ def test_zero_tolerance_still_lets_the_sure_rows_go(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 @given(st.integers(0, 999), some_tolerance)
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 def test_a_head_dearer_than_what_it_saves_is_never_chosen(name: str, seed: int, tolerance: float) -> None:
     records, costs = simulated(60, 4, seed)
     behind = costs.segment.sum() - np.cumsum(costs.segment)
@@ -374,6 +370,45 @@ def test_budgets_that_only_sum_to_the_tolerance_by_rounding_stay_within_it() -> 
     for name in POLICIES:
         assert select(name, records, costs, below).disagreement <= below
     assert joint(records, costs, below).disagreement == 2 / 12
+
+
+@steady
+@given(st.integers(1, 500), st.data())
+def test_the_limit_is_the_most_whole_rows_within_the_tolerance(rows: int, data: st.DataObject) -> None:
+    # 0.29 x 100 is 28.999..., and an ulp below 5/25, times 25, is 5.
+    exact = data.draw(st.integers(0, rows)) / rows
+    tolerance = data.draw(st.sampled_from([exact, max(0.0, float(np.nextafter(exact, 0.0)))]))
+    most = max(count for count in range(rows + 1) if count / rows <= tolerance)
+    assert math.floor(_limit(tolerance, rows)) == most
+    assert _limit(tolerance, rows) / rows <= tolerance
+
+
+@steady
+@given(cases(), st.integers(0, 2**24))
+def test_a_descent_ends_where_no_single_cut_helps(case: tuple[Records, Costs], weight: int) -> None:
+    records, costs = case
+    columns = tuple(column(records.confidence[:, i], records.risk[:, i]) for i in range(records.candidates))
+    whole = 2**20 / max(costs.reach[-1], 1e-9)
+    risk = np.ascontiguousarray(records.risk.T)
+    problem = _Problem(columns, risk, np.rint(whole * costs.reach), np.rint(whole * costs.head), 0.0)
+
+    def price(cuts: Ints) -> float:
+        cost, wrong = _evaluate(problem, cuts)
+        return cost + weight * wrong
+
+    for start in (0, records.rows):
+        end = _descend(problem, np.full(records.candidates, start), float(weight))
+        for i, entry in enumerate(columns):
+            for cut in (0, *entry.ends.tolist()):
+                assert price(end) <= price(np.where(np.arange(records.candidates) == i, cut, end))
+
+
+def test_moves_of_two_exits_find_what_single_ones_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    records, costs = simulated(300, 8, seed=37)
+    both = joint(records, costs, 0.02).expected_cost
+    # The package exports a function of the module's name, so the module is asked for by its own.
+    monkeypatch.setattr(importlib.import_module("offramp.compiler.joint"), "_WORK", 0.0)
+    assert both < 0.98 * joint(records, costs, 0.02).expected_cost
 
 
 def test_joint_spends_what_the_fixed_split_cannot() -> None:
@@ -417,8 +452,9 @@ def test_thirty_candidates_and_twenty_thousand_rows() -> None:
 
 def test_a_backbone_that_costs_nothing_gets_no_exits() -> None:
     records, costs = simulated(20, 2, seed=0)
-    for name in POLICIES:
-        assert select(name, records, Costs(np.zeros(3), costs.head), 0.5).chosen == ()
+    with np.errstate(all="raise"):
+        for name in POLICIES:
+            assert select(name, records, Costs(np.zeros(3), costs.head), 0.5).chosen == ()
 
 
 @pytest.mark.parametrize("tolerance", [-0.01, 1.01, math.nan, math.inf])

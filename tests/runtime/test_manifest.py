@@ -68,7 +68,17 @@ def manifests(draw: st.DrawFn) -> Manifest:
     )
     seen = st.builds(ExitEvaluation, rate, st.none() | rate, rate, st.none() | rate)
     timing = st.builds(
-        Timing, count, count, count, real, real, real, st.tuples(real, real), st.none() | real, several(real)
+        Timing,
+        count,
+        count,
+        count,
+        real,
+        real,
+        real,
+        st.tuples(real, real),
+        st.none() | real,
+        st.none() | real,
+        several(real),
     )
     return Manifest(
         format_version=1,
