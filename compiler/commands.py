@@ -147,7 +147,7 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--augment", choices=list(AUGMENTATIONS),
-        help="what distillation adds to the data (default: flip-shift for colour images, else none)",
+        help="what distillation adds to the data (default: flip-shift-mix for colour images, else none)",
     )  # fmt: skip
     parser.add_argument(
         "--max-candidates", type=positive, default=Options.max_candidates, metavar="N",

@@ -25,7 +25,7 @@ from offramp.passes import (
 )
 from offramp.runtime.artifact import check_output, write_artifact
 from offramp.runtime.data import ArrayRows, Rows, fit_rows
-from offramp.runtime.errors import NoCandidateError
+from offramp.runtime.errors import InputError, NoCandidateError, UsageError
 from offramp.runtime.manifest import Manifest
 
 from .capture import capture
@@ -71,7 +71,7 @@ def compile(
     candidates = choose_candidates(backbone, found, options.max_candidates)
     say(f"{backbone.name}: {len(found.kept)} candidates, {len(found.refused)} places refused; {len(candidates)} taken")
 
-    kept = work or out.with_name(out.name + ".work")
+    kept = work or out.absolute().with_name(out.name + ".work")
     configs = default_heads(backbone, candidates)
     heads = distil(
         backbone, candidates, configs, rows, learn=splits.distil, validate=splits.calibrate,
@@ -103,6 +103,10 @@ def as_rows(data: Rows | np.ndarray | Mapping[str, np.ndarray], labels: np.ndarr
         return ArrayRows({"input": data}, labels)
     if isinstance(data, Mapping):
         return ArrayRows(data, labels)
+    if not hasattr(data, "input_names"):
+        raise InputError(f"the data is a {type(data).__name__}; give a numpy array, arrays by input name, or Rows")
+    if labels is not None:
+        raise UsageError("rows that are opened already bring their own labels; leave labels out")
     return data
 
 

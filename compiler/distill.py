@@ -11,6 +11,7 @@ checkpoint to the very same weights.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import pickle
@@ -36,6 +37,8 @@ from .progress import bar
 
 # What torch.load raises for bytes that no torch.save wrote.
 _UNREADABLE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, pickle.PickleError)
+
+_LAYOUT: torch.memory_format = torch.channels_last
 
 
 @dataclass(frozen=True)
@@ -137,13 +140,16 @@ class _Trainer:
         self.data, self.learn, self.validate = data, learn, validate
         self.training, self.seed = training, seed
         self.augment = find_augmentation(training.augment or "none")
-        self.taps = tap(backbone, [c.name for c in candidates])
+        # Convolutions on CPU run a quarter faster on channels-last tensors; the copy leaves the backbone's alone.
+        self.taps = copy.deepcopy(tap(backbone, [c.name for c in candidates]))
+        _lay_out(self.taps, _LAYOUT)
         self.modules = nn.ModuleList()
         for index, candidate in enumerate(candidates):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_mix(seed, index))
                 shape = row_shape(backbone, candidate.name)
                 self.modules.append(build_head(configs[candidate.name], shape, backbone.classes))
+        _lay_out(self.modules, _LAYOUT)
         self.optimiser = torch.optim.AdamW(
             self.modules.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
         )
@@ -192,8 +198,9 @@ class _Trainer:
 
     def _observe(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """One pass of the frozen backbone -> its probabilities `[B, K]` and every candidate's value."""
+        inputs = bind(self.backbone.inputs, batch, self.backbone.name)
         with torch.no_grad():
-            scores, *values = self.taps(*bind(self.backbone.inputs, batch, self.backbone.name))
+            scores, *values = self.taps(*(x.to(memory_format=_LAYOUT) if x.dim() == 4 else x for x in inputs))
             return probabilities(scores, self.backbone.scores, 1.0), values
 
     def heads(self) -> tuple[Head, ...]:
@@ -201,6 +208,7 @@ class _Trainer:
         for index, candidate in enumerate(self.candidates):
             module = self.modules[index]
             module.load_state_dict(self.best[index])
+            _lay_out(module, torch.contiguous_format)
             found.append(Head(candidate, self.configs[candidate.name], module.eval(), self.best_loss[index]))
         for parameter in self.modules.parameters():
             parameter.requires_grad_(False)
@@ -285,6 +293,10 @@ def batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def _mix(seed: int, stream: int) -> int:
     """A seed of its own for every stream drawn from one seed."""
     return int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _lay_out(module: nn.Module, layout: torch.memory_format) -> None:
+    module.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks this documented form
 
 
 def _copy(module: nn.Module) -> dict[str, torch.Tensor]:
