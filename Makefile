@@ -43,6 +43,7 @@ test-slow: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.cifar10_resnet
+	$(BIN)/python -m benchmarks.single_file
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo-artifact demo-artifact.npz

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    # Training must give the same heads whatever else the machine does; two threads also wait for each other on a busy one.
+    # The same heads whatever else the machine does; on a busy one two threads mostly wait for each other.
     torch.set_num_threads(1)
     results: list[dict[str, Any]] = []
     for model in args.models:

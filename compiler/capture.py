@@ -26,6 +26,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from offramp.passes import Backbone, Input, normalise
 from offramp.runtime.errors import BatchDependentError, InputError, ModelError, OfframpError
 
+from .quiet import quiet
+
 # Batch norm, attention and resizing run other kernels at other batch sizes; what differs by no more than this
 # share of the scores' own scale is rounding, not dependence.
 _ROW_TOLERANCE = 1e-3
@@ -105,8 +107,7 @@ def _export(model: nn.Module, example: Mapping[str, torch.Tensor], title: str) -
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with quiet(), torch.no_grad():
             _try(model, arguments, keywords, title)
             return torch.export.export(model, arguments, keywords, dynamic_shapes=shapes, strict=False)
     except OfframpError:

@@ -25,7 +25,7 @@ from .compile import compile
 from .demo import train_digits
 from .distill import Training, tensors
 from .emit import TARGETS
-from .loading import load_model
+from .loading import guess_shape, load_model
 from .package import Options
 from .thresholds import POLICIES
 
@@ -53,7 +53,10 @@ def _configure_candidates(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "List every place in a model that was considered for an exit: kept, or refused with the reason."
     )
-    parser.epilog = "Shapes are needed to trace the model: from --data, from --shape, or else from the .pt2 itself."
+    parser.epilog = (
+        "Shapes are needed to trace the model: from --data, from --shape, from the .pt2 itself, or else guessed from "
+        "the first layer."
+    )
     _add_model(parser)
     parser.add_argument("--data", metavar="D", help=_DATA_HELP)
     parser.add_argument(
@@ -86,13 +89,20 @@ def _example(model: nn.Module | ExportedProgram, args: argparse.Namespace) -> Ma
         sizes = args.shape.split(",")
         if not all(s.isdigit() and int(s) for s in sizes):
             raise UsageError(f"--shape {args.shape!r} is not a list of sizes such as 3,224,224")
-        generator = torch.Generator().manual_seed(0)
-        return {"input": torch.randn(4, *map(int, sizes), generator=generator)}
+        return _random_rows(tuple(map(int, sizes)))
     if isinstance(model, ExportedProgram) and model.example_inputs is not None:
         positional, keywords = model.example_inputs
-        given = {**{f"input_{i}": v for i, v in enumerate(positional)}, **keywords}
-        return {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-    raise UsageError("the model's input shape is not known; give --data D, or --shape such as 3,224,224")
+        given = dict(zip(model.graph_signature.user_inputs, (*positional, *keywords.values()), strict=False))
+        return {str(name): value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    guessed = guess_shape(model) if isinstance(model, nn.Module) else None
+    if guessed is None:
+        raise UsageError("the model's input shape is not known; give --data D, or --shape such as 3,224,224")
+    _log(f"input guessed as {'x'.join(map(str, guessed))} from the first layer; --shape or --data say otherwise")
+    return _random_rows(guessed)
+
+
+def _random_rows(shape: tuple[int, ...]) -> Mapping[str, torch.Tensor]:
+    return {"input": torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))}
 
 
 def _candidates_table(found: Candidates) -> str:

@@ -65,6 +65,7 @@ def compile(
     check_output(out)
     rows = as_rows(data, labels)
     splits = split_rows(len(rows), options.seed)
+    say("capturing the model's graph")
     backbone = capture(model, tensors(rows, np.arange(min(_EXAMPLE_ROWS, len(rows)))), name=name)
     rows = fit_rows(rows, input_specs(backbone))
     found = find_candidates(backbone, limits=options.limits)

@@ -34,6 +34,7 @@ from .augment import default_augmentation, find_augmentation
 from .capture import bind
 from .heads import HeadConfig, build_head, default_head
 from .progress import bar
+from .quiet import quiet
 
 # What torch.load raises for bytes that no torch.save wrote.
 _UNREADABLE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, pickle.PickleError)
@@ -249,7 +250,8 @@ class _Trainer:
         if not path.is_file():
             return 0
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            with quiet():
+                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except _UNREADABLE:
             return 0  # an unreadable checkpoint only costs the time it would have saved
         if not isinstance(state, dict) or state.get("fingerprint") != self.fingerprint():

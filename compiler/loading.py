@@ -5,8 +5,6 @@ Weights are read from safetensors or from a `.pt` holding tensors only; nothing 
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +14,8 @@ from torch.export import ExportedProgram
 
 from offramp.runtime.errors import ModelError, UsageError
 from offramp.runtime.reference import is_reference, load_reference
+
+from .quiet import quiet
 
 
 def load_model(spec: str, weights: Path | None = None) -> nn.Module | ExportedProgram:
@@ -50,6 +50,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
         )
 
 
+def guess_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """Shape of one float row, guessed from the first layer; None where a guess would be a gamble.
+
+    A convolution's channels are known and its image size is not: 224 x 224 is what most such models take.
+    """
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.Embedding)), None)
+    if isinstance(first, nn.Conv2d):
+        return first.in_channels, 224, 224
+    return (first.in_features,) if isinstance(first, nn.Linear) else None
+
+
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UsageError(f"weights {path}: no such file")
@@ -57,8 +68,7 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             state: dict[str, torch.Tensor] = load_file(path)
         else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of pickle protocols; the error says enough
+            with quiet():
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the bytes of any file at all: torch's reader raises whatever they lead it to
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -71,16 +81,12 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
 def _load_pt2(path: Path) -> ExportedProgram:
     if not path.is_file():
         raise UsageError(f"model {path}: no such file")
-    log = logging.getLogger("torch.export")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # a traceback per format it tries
     try:
-        return torch.export.load(path)
+        with quiet():
+            return torch.export.load(path)
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(f"model {path}: not a readable .pt2 ({reason}); save it with torch.export.save") from error
-    finally:
-        log.setLevel(level)
 
 
 def _call(spec: str) -> nn.Module:

@@ -103,6 +103,14 @@ def value_name(node: fx.Node) -> str:
     return str(node.target) if node.op == "placeholder" else node.name
 
 
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """What a `get_attr` node of a graph over `module` reads: a parameter, a buffer or a constant."""
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
 def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module the node came from; the node's own name if unknown."""
     stack = node.meta.get("nn_module_stack") or {}

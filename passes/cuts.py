@@ -21,7 +21,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from .backbone import Backbone, captured_size, is_size, tensor_values
+from .backbone import Backbone, attribute, captured_size, is_size, tensor_values
 from .flops import node_flops
 
 SOURCE = "<source>"
@@ -162,11 +162,11 @@ def analyse(backbone: Backbone) -> ValueGraph:
             side.add(node)
         elif sources:
             carrying.add(node)
-            if node.op != "output" and _is_free(node, flops) and all(n in side for n in sources):
+            if node.op != "output" and _is_free(node, flops, backbone.graph_module) and all(n in side for n in sources):
                 side.add(node)
                 continue
-            for source in [n for n in sources if n not in side] or [SOURCE]:
-                graph.add_edge(source, node)
+            inner = [n for n in sources if n not in side]
+            graph.add_edges_from((source, node) for source in inner or (SOURCE,))
     return ValueGraph(backbone, frozenset(carrying), frozenset(side), flops, _needed(graph))
 
 
@@ -179,9 +179,10 @@ def _needed(graph: nx.DiGraph) -> nx.DiGraph:
     return graph.subgraph(keep).copy()
 
 
-def _is_free(node: fx.Node, flops: Mapping[str, float]) -> bool:
-    """No counted compute and no parameter read."""
-    return not flops.get(node.name) and not any(n.op == "get_attr" for n in node.all_input_nodes)
+def _is_free(node: fx.Node, flops: Mapping[str, float], module: torch.nn.Module) -> bool:
+    """No counted compute and no parameter read; buffers and constants (a mask's minus infinity) are none."""
+    read = [attribute(module, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
+    return not flops.get(node.name) and not any(isinstance(value, torch.nn.Parameter) for value in read)
 
 
 def data_arguments(node: fx.Node) -> list[fx.Node]:

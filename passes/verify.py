@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from .backbone import value_name
+from .backbone import attribute, value_name
 
 if TYPE_CHECKING:
     from .program import ExitProgram
@@ -86,9 +86,9 @@ def parameters_have_one_owner(program: ExitProgram) -> Iterator[str]:
         node.target
         for segment in program.segments
         for node in {n.target: n for n in segment.graph_module.graph.find_nodes(op="get_attr")}.values()
-        if isinstance(_attribute(segment.graph_module, str(node.target)), torch.nn.Parameter)
+        if isinstance(attribute(segment.graph_module, str(node.target)), torch.nn.Parameter)
     )
-    places = {n.target: _places(n) for n in program.backbone.graph.find_nodes(op="get_attr")}
+    places = _places(program.backbone.graph)
     for name, count in owners.items():
         if count > max(1, places.get(name, 0)):
             yield f"parameter {name} is read by {count} segments"
@@ -129,18 +129,16 @@ def violations(program: ExitProgram) -> list[str]:
     return [f"{name}: {what}" for name, rule in RULES for what in rule(program)]
 
 
-def _places(node: fx.Node) -> int:
-    """How many nodes read a parameter together with data; what is made of parameters alone counts as they do."""
-    return sum(_places(user) if all(_constant(a) for a in user.all_input_nodes) else 1 for user in node.users)
-
-
-def _constant(node: fx.Node) -> bool:
-    """Whether the value depends on no input."""
-    return node.op != "placeholder" and all(_constant(a) for a in node.all_input_nodes)
-
-
-def _attribute(module: torch.nn.Module, path: str) -> object:
-    value: object = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+def _places(graph: fx.Graph) -> dict[object, int]:
+    """Parameter -> how many nodes read it together with data, itself or through what is made of parameters alone."""
+    origins: dict[fx.Node, frozenset[object]] = {}  # of nodes that depend on no input: the parameters they are made of
+    places: Counter[object] = Counter()
+    for node in graph.nodes:
+        read = frozenset().union(*(origins.get(a, frozenset()) for a in node.all_input_nodes))
+        if node.op == "get_attr":
+            origins[node] = frozenset({node.target})
+        elif node.op == "call_function" and all(a in origins for a in node.all_input_nodes):
+            origins[node] = read
+        else:
+            places.update(read)
+    return dict(places)

@@ -17,6 +17,7 @@ from offramp.passes import ExitProgram, confidence, probabilities
 from offramp.passes.flops import meta_like
 from offramp.runtime.manifest import StageSpec
 
+from ..progress import bar
 from .translate import to_onnx
 
 ANSWER = ("probabilities", "confidence")
@@ -67,7 +68,8 @@ def stage_specs(program: ExitProgram) -> tuple[StageSpec, ...]:
 def stage_models(program: ExitProgram) -> tuple[onnx.ModelProto, ...]:
     """One ONNX model per stage."""
     models = []
-    for index, spec in enumerate(stage_specs(program)):
+    specs = stage_specs(program)
+    for index, spec in bar(enumerate(specs), "emit", len(specs)):
         stage = Stage(program, index)
         models.append(to_onnx(stage, _examples(program.segments[index].graph_module), (*spec.outputs, *ANSWER)))
     return tuple(models)

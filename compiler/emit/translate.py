@@ -40,8 +40,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: Sequ
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{type(module).__name__} cannot be translated to ONNX: {reason}") from error
+        raise ModelError(f"{type(module).__name__} cannot be translated to ONNX: {_reason(error)}") from error
     finally:
         registration.setLevel(level)
     assert program is not None
@@ -49,6 +48,13 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: Sequ
     _clean(model)
     _name_values(model.graph, list(inputs), outputs)
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """The cause at the bottom: what lies above it is advice on how to debug torch."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def serialise(model: onnx.ModelProto) -> bytes:

@@ -1,0 +1,116 @@
+"""The passes that bring a captured graph into form, and the contract every pass is held to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models import Attention, Chain, captured, rows, sentences
+from torch import fx, nn
+
+from offramp.passes import Backbone, Pass, PassResult, RemoveAssertions, RemoveIdentities, ReshapeViews, normalise
+from offramp.runtime.errors import PassError
+
+aten = torch.ops.aten
+
+
+def with_node(backbone: Backbone, target: object, *more: object) -> Backbone:
+    """The backbone with `target(scores, *more)` behind its scores."""
+    graph = fx.Graph()
+    scores = graph.graph_copy(backbone.graph, {})
+    graph.output(graph.call_function(target, (scores, *more)))
+    return replace(backbone, graph_module=fx.GraphModule(backbone.graph_module, graph))
+
+
+def targets(backbone: Backbone) -> list[object]:
+    return [node.target for node in backbone.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(
+    ("target", "more"),
+    [(aten.dropout.default, (0.5, False)), (aten.clone.default, ()), (aten.detach.default, ())],
+)
+def test_identities_are_dropped(target: object, more: tuple[object, ...]) -> None:
+    plain = captured(Chain)
+    result = RemoveIdentities()(with_node(plain, target, *more))
+    assert result.modified
+    assert targets(result.subject) == targets(plain)
+    assert torch.equal(result.subject.graph_module(rows(3)), plain.graph_module(rows(3)))
+
+
+def test_dropout_in_training_mode_is_no_identity() -> None:
+    result = RemoveIdentities()(with_node(captured(Chain), aten.dropout.default, 0.5, True))
+    assert not result.modified
+    assert targets(result.subject)[-1] == aten.dropout.default
+
+
+def test_assertions_are_dropped() -> None:
+    plain = captured(Chain)
+    graph = fx.Graph()
+    scores = graph.graph_copy(plain.graph, {})
+    graph.call_function(torch._assert, (True, "never"))
+    graph.output(scores)
+    checked = replace(plain, graph_module=fx.GraphModule(plain.graph_module, graph))
+    result = RemoveAssertions()(checked)
+    assert result.modified
+    assert targets(result.subject) == targets(plain)
+    assert torch._assert in targets(checked), "a pass must not change its argument"
+
+
+def test_views_become_reshapes() -> None:
+    plain = captured(Chain)
+    result = ReshapeViews()(with_node(plain, aten.view.default, [-1, 2, 2]))
+    assert result.modified
+    assert targets(result.subject)[-1] == aten.reshape.default
+    assert result.subject.graph_module(rows(3)).shape == (3, 2, 2)
+
+
+def test_attention_answers_batches_its_views_were_not_traced_for() -> None:
+    """For no rows, and for one, torch picks another attention kernel with other strides."""
+    backbone = captured(Attention, **sentences(8))
+    for count in (0, 1, 3):
+        assert backbone.graph_module(*sentences(count).values()).shape == (count, 4)
+
+
+def test_a_normal_graph_is_left_alone() -> None:
+    backbone = captured(Chain)
+    assert normalise(backbone) is backbone
+    for step in (RemoveAssertions(), RemoveIdentities(), ReshapeViews()):
+        assert not step(backbone).modified
+
+
+class Picky(Pass[Backbone, Backbone]):
+    """Breaks whichever promise it is told to."""
+
+    def __init__(self, broken: str) -> None:
+        self.broken = broken
+
+    def requires(self, subject: Backbone) -> list[str]:
+        return ["the moon is not full"] if self.broken == "requires" else []
+
+    def call(self, subject: Backbone) -> PassResult[Backbone]:
+        if self.broken == "identity":
+            return PassResult(replace(subject, name="another"), modified=False)
+        return PassResult(subject, modified=False)
+
+    def ensures(self, subject: Backbone) -> list[str]:
+        return ["a node is blue"] if self.broken == "ensures" else []
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ("requires", "Picky cannot run here: the moon is not full"),
+        ("ensures", r"Picky broke its contract \(a bug in the pass\): a node is blue"),
+        ("identity", "Picky says it changed nothing but returned another subject"),
+    ],
+)
+def test_a_broken_promise_is_found_at_its_own_door(broken: str, says: str) -> None:
+    with pytest.raises(PassError, match=says):
+        Picky(broken)(captured(nn.Sequential(nn.Linear(6, 4)), x=rows(4)))
+
+
+def test_a_kept_promise_passes_through() -> None:
+    backbone = captured(Chain)
+    assert Picky("")(backbone).subject is backbone

@@ -1,0 +1,98 @@
+"""Segments: one after the other they are the backbone, whatever rows are left, and each weight is in one."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from models import Attention, Chain, Residual, Shared, Sized, captured, rows, sentences
+from torch import nn
+
+from offramp.passes import Backbone, Limits, Segment, find_candidates, split
+from offramp.runtime.errors import PlanError
+
+ALL = Limits(least_left=0.0)
+
+
+def cuts(backbone: Backbone) -> list[str]:
+    return [c.name for c in find_candidates(backbone, limits=ALL).kept]
+
+
+def run(segments: tuple[Segment, ...], known: dict[str, torch.Tensor], keep: slice | list[int]) -> torch.Tensor:
+    """All segments in a row; behind each only the rows in `keep` go on."""
+    for segment in segments:
+        values = segment.graph_module(*(known[name] for name in segment.inputs))
+        known = {**known, **dict(zip(segment.outputs, values, strict=True))}
+        scores = known[segment.outputs[0]]
+        known = {name: known[name][keep] for name in segment.carries}
+    return scores
+
+
+MODELS = [(Chain, False), (Residual, False), (Sized, False), (Shared, False), (Attention, True)]
+
+
+@pytest.mark.parametrize(("kind", "text"), MODELS)
+def test_in_a_row_they_are_the_backbone(kind: type[nn.Module], text: bool) -> None:
+    inputs = sentences(8) if text else {"x": rows(8)}
+    backbone = captured(kind, **inputs)
+    segments = split(backbone, cuts(backbone))
+    assert len(segments) == len(cuts(backbone)) + 1 > 2
+    torch.testing.assert_close(run(segments, dict(inputs), slice(None)), backbone.graph_module(*inputs.values()))
+
+
+@pytest.mark.parametrize(("kind", "text"), [(Sized, False), (Attention, True)])
+@pytest.mark.parametrize("keep", [[], [0], [1, 2]])
+def test_a_segment_reads_the_size_of_the_batch_it_is_given(kind: type[nn.Module], text: bool, keep: list[int]) -> None:
+    """Views with x.size(0) after compaction: none, one and two of three rows go on behind the first cut."""
+    inputs = sentences(3) if text else {"x": rows(3)}
+    backbone = captured(kind, **inputs)
+    segments = split(backbone, cuts(backbone)[:1])
+    torch.testing.assert_close(run(segments, dict(inputs), keep), backbone.graph_module(*inputs.values())[keep])
+
+
+@pytest.mark.parametrize(("kind", "text"), [(Residual, False), (Sized, False), (Attention, True)])
+def test_each_parameter_belongs_to_one(kind: type[nn.Module], text: bool) -> None:
+    backbone = captured(kind, **(sentences(8) if text else {"x": rows(8)}))
+    owners: Counter[str] = Counter()
+    for segment in split(backbone, cuts(backbone)):
+        owners.update({str(n.target) for n in segment.graph_module.graph.find_nodes(op="get_attr")})
+    parameters = {name for name, _ in backbone.graph_module.named_parameters()}
+    assert {name: owners[name] for name in parameters} == dict.fromkeys(parameters, 1)
+
+
+def test_compute_adds_up() -> None:
+    backbone = captured(Residual)
+    assert [s.flops for s in split(backbone, ["relu", "relu_1"])] == [2 * 6 * 16, 2 * 16 * 16, 2 * 16 * 4]
+
+
+def test_a_mask_is_computed_once_and_carried_as_long_as_it_is_read() -> None:
+    backbone = captured(Attention, **sentences(8))
+    first, block = cuts(backbone)[:2]
+    segments = split(backbone, [first, block])
+    assert segments[0].outputs == (first, "unsqueeze_1")
+    assert set(segments[0].carries) == {first, "unsqueeze_1"}
+    assert set(segments[1].inputs) == {first, "unsqueeze_1"}
+    assert set(segments[1].carries) == {block, "unsqueeze_1"}
+    assert segments[2].carries == ()
+
+
+def test_no_cut_is_one_segment() -> None:
+    (whole,) = split(captured(Chain), [])
+    assert (whole.inputs, whole.carries) == (("x",), ())
+
+
+def test_refused_cuts() -> None:
+    backbone = captured(Chain)
+    with pytest.raises(PlanError, match=r"'nowhere' is not a place for an exit in Chain; see `offramp candidates`"):
+        split(backbone, ["nowhere"])
+    with pytest.raises(PlanError, match="from shallow to deep, not relu_1, relu"):
+        split(backbone, ["relu_1", "relu"])
+
+
+def test_an_input_may_be_called_what_python_calls_something_else() -> None:
+    """`input` is the name nn.Sequential gives; fx does not let a node have it."""
+    layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    backbone = captured(layers, anything=rows(8))
+    assert [i.name for i in backbone.inputs] == ["input"]
+    assert split(backbone, ["relu"])[0].inputs == ("input",)
