@@ -21,6 +21,7 @@ from .emit import TARGETS, emit
 from .equivalence import Equivalence, compare
 from .evaluate import Outcome, evaluate, run_program
 from .heads import FAMILIES, Family, HeadConfig, build_head, default_head
+from .independence import keep_independent
 from .loading import load_model, load_weights
 from .package import Job, Options, input_specs, pack
 from .record import Recording, calibrate, record
@@ -64,6 +65,7 @@ __all__ = [
     "geometric",
     "input_specs",
     "joint",
+    "keep_independent",
     "load_model",
     "load_weights",
     "pack",

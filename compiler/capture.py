@@ -26,11 +26,9 @@ from torch.export.graph_signature import InputKind, OutputKind
 from offramp.passes import Backbone, Input, normalise
 from offramp.runtime.errors import BatchDependentError, InputError, ModelError, OfframpError
 
+from .independence import TOLERANCE, difference, permuted_part
 from .quiet import quiet
 
-# Batch norm, attention and resizing run other kernels at other batch sizes; what differs by no more than this
-# share of the scores' own scale is rounding, not dependence.
-_ROW_TOLERANCE = 1e-3
 # What an artifact's own inputs and outputs are called.
 _RESERVED = ("probabilities", "confidence", "exit", "thresholds")
 
@@ -254,14 +252,10 @@ def _run(module: fx.GraphModule, arguments: tuple[torch.Tensor, ...], title: str
 
 
 def _check_rows(module: fx.GraphModule, arguments: tuple[torch.Tensor, ...], scores: torch.Tensor, title: str) -> None:
-    """A batch, then a permuted part of it: the same rows must get the same scores."""
-    count = len(scores)
-    order = torch.arange(count).flip(0)[: max(1, count // 2)]
-    again = _run(module, tuple(a[order] for a in arguments), title)
-    scale = float(scores.abs().max().clamp_min(1e-6))
-    difference = float((again - scores[order]).abs().max()) / scale
-    if difference > _ROW_TOLERANCE:
+    order = permuted_part(len(scores))
+    change = difference(scores, _run(module, tuple(a[order] for a in arguments), title), order)
+    if change > TOLERANCE:
         raise BatchDependentError(
-            f"{title}: a row's scores change by {difference:.1%} of their scale when other rows share its batch; "
+            f"{title}: a row's scores change by {change:.1%} of their scale when other rows share its batch; "
             "early exits need rows that do not depend on each other (look for statistics over dimension 0)"
         )

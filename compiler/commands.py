@@ -20,11 +20,12 @@ from offramp.runtime.session import load
 from offramp.runtime.table import human, percent, render
 
 from .augment import AUGMENTATIONS
-from .capture import capture
+from .capture import bind, capture
 from .compile import compile
 from .demo import train_digits
 from .distill import Training, tensors
 from .emit import TARGETS
+from .independence import keep_independent
 from .loading import guess_shape, load_model
 from .package import Options
 from .thresholds import POLICIES
@@ -68,8 +69,9 @@ def _configure_candidates(parser: argparse.ArgumentParser) -> None:
 
 def _run_candidates(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.weights)
-    backbone = capture(model, _example(model, args), name=_title(args.model))
-    found = find_candidates(backbone)
+    example = _example(model, args)
+    backbone = capture(model, example, name=_title(args.model))
+    found = keep_independent(backbone, find_candidates(backbone), bind(backbone.inputs, example, backbone.name))
     _say(_candidates_table(found))
     if args.all:
         _say("\nrefused")

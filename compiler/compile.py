@@ -28,9 +28,11 @@ from offramp.runtime.data import ArrayRows, Rows, fit_rows
 from offramp.runtime.errors import InputError, NoCandidateError, UsageError
 from offramp.runtime.manifest import Manifest
 
-from .capture import capture
+from .capture import bind, capture
 from .distill import Head, default_heads, distil, tensors
+from .emit import backbone_model
 from .heads import head_flops
+from .independence import keep_independent
 from .package import METRIC, Job, Options, input_specs, pack
 from .record import Recording, calibrate, record
 from .splits import split_rows
@@ -66,9 +68,12 @@ def compile(
     rows = as_rows(data, labels)
     splits = split_rows(len(rows), options.seed)
     say("capturing the model's graph")
-    backbone = capture(model, tensors(rows, np.arange(min(_EXAMPLE_ROWS, len(rows)))), name=name)
+    example = tensors(rows, np.arange(min(_EXAMPLE_ROWS, len(rows))))
+    backbone = capture(model, example, name=name)
     rows = fit_rows(rows, input_specs(backbone))
     found = find_candidates(backbone, limits=options.limits)
+    found = keep_independent(backbone, found, bind(backbone.inputs, example, backbone.name))
+    plain = backbone_model(backbone)  # an operator without an ONNX form is better found now than after training
     candidates = choose_candidates(backbone, found, options.max_candidates)
     say(f"{backbone.name}: {len(found.kept)} candidates, {len(found.refused)} places refused; {len(candidates)} taken")
 
@@ -90,7 +95,7 @@ def compile(
     program = build_program(
         backbone, exit_plan(selection, heads, temperatures), {h.candidate.name: h.module for h in heads}
     )
-    job = Job(rows, splits, heads, temperatures, recorded, costs(backbone, heads), selection, options)
+    job = Job(rows, splits, heads, temperatures, recorded, costs(backbone, heads), selection, plain, options)
     manifest, files = pack(program, job)
     write_artifact(out, manifest, files)
     if work is None:

@@ -35,7 +35,7 @@ from offramp.runtime.session import load
 
 from . import measure
 from .distill import Head, Training
-from .emit import TARGETS, backbone_model, check_targets, emit, serialise
+from .emit import TARGETS, check_targets, emit
 from .equivalence import compare, require
 from .evaluate import evaluate, head_costs, run_program
 from .report import render_report
@@ -85,6 +85,7 @@ class Job:
     recorded: Mapping[str, Records]  # splits select, certify, test
     costs: Costs  # FLOPs
     selection: Selection
+    plain: bytes  # the backbone alone as ONNX, to measure against
     options: Options
 
 
@@ -100,7 +101,7 @@ def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
         write_artifact(Path(folder) / "draft", draft, files)
         artifact = open_artifact(Path(folder) / "draft")
         _check(program, artifact, job)
-        timings = _timings(program, artifact, job)
+        timings = _timings(artifact, job)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     measured = Measured(now, measure.machine(), measure.versions(), timings, {})
     manifest = replace(draft, measured=measured)
@@ -185,11 +186,10 @@ def _check(program: ExitProgram, artifact: Artifact, job: Job) -> None:
         require(compare(program, session, batch), "the single ONNX file")
 
 
-def _timings(program: ExitProgram, artifact: Artifact, job: Job) -> tuple[Timing, ...]:
+def _timings(artifact: Artifact, job: Job) -> tuple[Timing, ...]:
     options = job.options
     if not options.batches:
         return ()
-    plain = serialise(backbone_model(program))
-    bench = measure.Bench(artifact, plain, options.threads or measure.usable_cores())
+    bench = measure.Bench(artifact, job.plain, options.threads or measure.usable_cores())
     test = job.splits.test
     return tuple(bench.timing(job.rows, test, size, options.rounds, options.seed) for size in options.batches)

@@ -7,18 +7,16 @@ yields the backbone's own answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import onnx
 import torch
 from torch import fx, nn
 
-from offramp.passes import ExitProgram, confidence, probabilities
+from offramp.passes import Backbone, ExitProgram, confidence, probabilities
 from offramp.passes.flops import meta_like
 from offramp.runtime.manifest import StageSpec
 
 from ..progress import bar
-from .translate import to_onnx
+from .translate import Example, serialise, to_onnx
 
 ANSWER = ("probabilities", "confidence")
 _EXAMPLE_BATCH = 3  # torch.export treats 0 and 1 as constants
@@ -47,10 +45,10 @@ class Stage(nn.Module):
 class Plain(nn.Module):
     """The backbone alone, as it came, with its answer as probabilities."""
 
-    def __init__(self, program: ExitProgram) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.backbone = program.backbone.graph_module
-        self.scores = program.backbone.scores
+        self.backbone = backbone.graph_module
+        self.scores = backbone.scores
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Model inputs -> probabilities `[B, K]`."""
@@ -75,17 +73,20 @@ def stage_models(program: ExitProgram) -> tuple[onnx.ModelProto, ...]:
     return tuple(models)
 
 
-def backbone_model(program: ExitProgram) -> onnx.ModelProto:
-    """The plain backbone, to measure against."""
-    return to_onnx(Plain(program), _examples(program.backbone.graph_module), ("probabilities",))
+def backbone_model(backbone: Backbone) -> bytes:
+    """The plain backbone as ONNX, to measure against.
+
+    Raises `ModelError` when it holds an operator ONNX cannot express.
+    """
+    return serialise(to_onnx(Plain(backbone), _examples(backbone.graph_module), ("probabilities",)))
 
 
-def _examples(module: fx.GraphModule) -> Mapping[str, torch.Tensor]:
-    """Example tensors for tracing, by placeholder; zeros are valid indices and valid masks alike."""
-    nodes = module.graph.find_nodes(op="placeholder")
-    return {
-        str(n.target): torch.zeros_like(
-            meta_like(n.meta["val"], str(n.meta["val"].shape[0]), _EXAMPLE_BATCH), device="cpu"
-        )
-        for n in nodes
-    }
+def _examples(module: fx.GraphModule) -> tuple[Example, ...]:
+    """Example inputs for tracing, one per placeholder; zeros are valid indices and valid masks alike."""
+    examples = []
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        zeros = torch.zeros_like(meta_like(value, str(value.shape[0]), _EXAMPLE_BATCH), device="cpu")
+        free = tuple(d for d, size in enumerate(value.shape) if d and isinstance(size, torch.SymInt))
+        examples.append(Example(str(node.target), zeros, free))
+    return tuple(examples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx
 import torch
@@ -16,8 +17,17 @@ from offramp.runtime.errors import ModelError
 OPSET = 18  # old enough for every ONNX Runtime binding in use, new enough for all that torch emits
 
 
-def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: Sequence[str]) -> onnx.ModelProto:
-    """A module and example tensors by input name -> a model with a free dimension 0 named `batch`.
+@dataclass(frozen=True)
+class Example:
+    """One input to trace with."""
+
+    name: str
+    value: torch.Tensor  # at least 2 in dimension 0, which is free
+    free: tuple[int, ...]  # further dimensions that may vary
+
+
+def to_onnx(module: nn.Module, inputs: Sequence[Example], outputs: Sequence[str]) -> onnx.ModelProto:
+    """A module and example inputs in its order -> a model with a free dimension 0 named `batch`.
 
     Raises `ModelError` with torch's reason for an operator the exporter does not know.
     """
@@ -30,8 +40,8 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: Sequ
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module.eval(),
-                tuple(inputs.values()),
-                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+                tuple(i.value for i in inputs),
+                dynamic_shapes=(tuple({0: batch, **dict.fromkeys(i.free, Dim.DYNAMIC)} for i in inputs),),
                 input_names=[f"input_{position}" for position in range(len(inputs))],
                 output_names=[f"output_{position}" for position in range(len(outputs))],
                 opset_version=OPSET,
@@ -46,7 +56,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: Sequ
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _clean(model)
-    _name_values(model.graph, list(inputs), outputs)
+    _name_values(model.graph, [i.name for i in inputs], outputs)
     return model
 
 
