@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 from .commands import INSPECT, RUN, Command
 from .errors import OfframpError, UsageError
@@ -40,6 +41,13 @@ the road:
 
 `offramp COMMAND --help` explains each command.
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """What is wrong with the arguments is an error like any other: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +86,7 @@ def _dispatch(argv: list[str]) -> int:
     else:
         known = ", ".join(_names(plugins.keys()))
         raise UsageError(f"no command {name!r}; choose from {known}, or see offramp --help")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"offramp {name}",
         description=command.summary,
         formatter_class=argparse.RawDescriptionHelpFormatter,

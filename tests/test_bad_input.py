@@ -267,7 +267,7 @@ def test_unknown_choices_name_the_known_ones(
     here: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
 ) -> None:
     assert cli.main(["compile", "zoo:good", "--data", "zoo:good_rows", "-o", "out", flag, value]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    (last,) = capsys.readouterr().err.splitlines()
     assert f"argument {flag}: invalid choice: '{value}' (choose from" in last
     assert list(here.iterdir()) == []
 
