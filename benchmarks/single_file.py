@@ -42,7 +42,7 @@ def session(model: bytes, threads: int) -> ort.InferenceSession:
 
 def measure(model: str, batch: int, rounds: int, threads: int, images: np.ndarray) -> dict[str, Any]:
     """Medians in ms per row of the four settings, rounds interleaved, and the ratio all-leave / first stage."""
-    artifact = open_artifact(ARTIFACTS / f"{model}-0.01")
+    artifact = open_artifact(ARTIFACTS / f"{model}-certified-0.02")
     whole = session(artifact.read("model.onnx"), threads)
     first = session(artifact.read(artifact.manifest.stages[0].file), threads)
     name = artifact.manifest.inputs[0].name

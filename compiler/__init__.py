@@ -5,8 +5,8 @@
     splits       = split_rows(len(data), seed)                          # distil / calibrate / select / certify / test
     heads        = distil(backbone, candidates.kept, configs, data, ...)  # KL to the backbone, no labels
     temperatures = calibrate(record(backbone, heads, data, splits.calibrate, "calibrate"))
-    selection    = select("joint", records(record(...), temperatures), costs(backbone, heads), tolerance)
-    program      = build_program(backbone, exit_plan(selection, ...), modules)   # offramp.passes; the IR
+    chosen       = certified(records(record(...), temperatures), certify_records, costs(backbone, heads), tolerance)
+    program      = build_program(backbone, exit_plan(chosen.selection, ...), modules)   # offramp.passes; the IR
     stages, files = emit(program)                                       # ONNX segments, one ONNX file
     manifest, files = pack(program, job)                                # emitted, checked, measured, reported
 
@@ -15,6 +15,7 @@
 
 from .augment import AUGMENTATIONS, Augment
 from .capture import capture
+from .certify import Certified, certified, rows_needed
 from .compile import as_rows, choose_candidates, compile, costs, exit_plan, records
 from .distill import Head, Training, default_heads, distil
 from .emit import TARGETS, emit
@@ -23,17 +24,19 @@ from .evaluate import Outcome, evaluate, run_program
 from .heads import FAMILIES, Family, HeadConfig, build_head, default_head
 from .independence import keep_independent
 from .loading import load_model, load_weights
-from .package import Job, Options, input_specs, pack
+from .package import ALL_POLICIES, Job, Options, input_specs, pack
 from .record import Recording, calibrate, record
 from .splits import RowSplits, split_rows
 from .thresholds import POLICIES, Costs, Records, Selection, equal, geometric, joint, select
 
 __all__ = [
+    "ALL_POLICIES",
     "AUGMENTATIONS",
     "FAMILIES",
     "POLICIES",
     "TARGETS",
     "Augment",
+    "Certified",
     "Costs",
     "Equivalence",
     "Family",
@@ -51,6 +54,7 @@ __all__ = [
     "build_head",
     "calibrate",
     "capture",
+    "certified",
     "choose_candidates",
     "compare",
     "compile",
@@ -71,6 +75,7 @@ __all__ = [
     "pack",
     "record",
     "records",
+    "rows_needed",
     "run_program",
     "select",
     "split_rows",

@@ -27,8 +27,7 @@ from .distill import Training, tensors
 from .emit import TARGETS
 from .independence import keep_independent
 from .loading import guess_shape, load_model
-from .package import Options
-from .thresholds import POLICIES
+from .package import ALL_POLICIES, Options
 
 _MODEL_HELP = "package.module:callable, or a .pt2 saved by torch.export.save"
 _DATA_HELP = "a .npy, an .npz, a folder of images (with --preprocess) or package.module:callable yielding batches"
@@ -140,9 +139,14 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
         help="share of rows whose answer may differ from the backbone's (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--policy", choices=list(POLICIES), default=Options.policy,
-        help="how exits and thresholds are chosen: joint searches both together, geometric is the papers', "
-        "equal divides the tolerance evenly (default %(default)s)",
+        "--policy", choices=list(ALL_POLICIES), default=Options.policy,
+        help="how exits and thresholds are chosen: certified keeps the tolerance on new rows too, with probability "
+        "1 - delta; joint only on the rows it chooses on; geometric is the papers', equal divides the tolerance "
+        "evenly (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--delta", type=float, default=Options.delta, metavar="P",
+        help="how often the certificate may be wrong (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--target",
@@ -179,6 +183,7 @@ def _run_compile(args: argparse.Namespace) -> int:
     options = Options(
         tolerance=args.tolerance,
         policy=args.policy,
+        delta=args.delta,
         seed=args.seed,
         targets=tuple(dict.fromkeys(args.target or TARGETS)),
         training=Training(epochs=args.epochs, augment=args.augment),
@@ -209,7 +214,7 @@ def _configure_demo(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="(default %(default)s)",
     )
-    parser.add_argument("--tolerance", type=float, default=0.01, metavar="T", help="(default %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=0.03, metavar="T", help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
 
 

@@ -26,14 +26,15 @@ from offramp.passes import (
 from offramp.runtime.artifact import check_output, write_artifact
 from offramp.runtime.data import ArrayRows, Rows, fit_rows
 from offramp.runtime.errors import InputError, NoCandidateError, UsageError
-from offramp.runtime.manifest import Manifest
+from offramp.runtime.manifest import Certificate, Manifest
 
 from .capture import bind, capture
+from .certify import certified
 from .distill import Head, default_heads, distil, tensors
 from .emit import backbone_model
 from .heads import head_flops
 from .independence import keep_independent
-from .package import METRIC, Job, Options, input_specs, pack
+from .package import CERTIFIED, METRIC, Job, Options, input_specs, pack
 from .record import Recording, calibrate, record
 from .splits import split_rows
 from .thresholds import Costs, Records, Selection, select
@@ -88,14 +89,16 @@ def compile(
         part: records(record(backbone, heads, rows, getattr(splits, part), part), temperatures)
         for part in ("select", "certify", "test")
     }
-    selection = select(options.policy, recorded["select"], costs(backbone, heads), options.tolerance)
+    selection, certificate = choose_exits(recorded, costs(backbone, heads), options)
     seen = f"{selection.disagreement:.2%} disagreement on the {len(splits.select)} rows they were chosen on"
     say(f"{len(selection.chosen)} exits chosen by {options.policy}: {seen}")
 
     program = build_program(
         backbone, exit_plan(selection, heads, temperatures), {h.candidate.name: h.module for h in heads}
     )
-    job = Job(rows, splits, heads, temperatures, recorded, costs(backbone, heads), selection, plain, options)
+    job = Job(
+        rows, splits, heads, temperatures, recorded, costs(backbone, heads), selection, certificate, plain, options
+    )
     manifest, files = pack(program, job)
     write_artifact(out, manifest, files)
     if work is None:
@@ -132,6 +135,16 @@ def choose_candidates(backbone: Backbone, found: Candidates, limit: int) -> tupl
     depths = np.array([c.flops_before for c in found.kept])
     wanted = np.linspace(depths[0], depths[-1], limit + 2)[1:-1]
     return tuple(found.kept[i] for i in sorted({int(np.abs(depths - w).argmin()) for w in wanted}))
+
+
+def choose_exits(
+    recorded: Mapping[str, Records], price: Costs, options: Options
+) -> tuple[Selection, Certificate | None]:
+    """The exits of the policy asked for, and the certificate if it gives one."""
+    if options.policy != CERTIFIED:
+        return select(options.policy, recorded["select"], price, options.tolerance), None
+    found = certified(recorded["select"], recorded["certify"], price, options.tolerance, options.delta)
+    return found.selection, Certificate(found.delta, found.rows, found.observed, found.bound)
 
 
 def costs(backbone: Backbone, heads: Sequence[Head]) -> Costs:

@@ -1,8 +1,9 @@
 """Exit heads: small classifiers over a cut's value, as plain configurations that build modules.
 
 A family belongs to one kind of activation; a `HeadConfig` names the family and its settings and is all that
-an artifact stores of a head's architecture. The default of each family spends about two percent of the
-backbone's compute:
+an artifact stores of a head's architecture. The default of each family spends no more than 3.5 percent of the
+backbone's compute (on ResNet-56 deeper heads of three to four convolutions agree with the backbone far more often
+than two convolutions of two percent: at half of the depth on 29 % of rows against 19 % within the same risk):
 
     conv    [B, C, H, W]  convolutions with batch norm, average pooling, dense
     tokens  [B, T, D]     first token and mean over tokens, layer norm, dense, dense
@@ -21,8 +22,8 @@ from torch import nn
 from offramp.passes import module_flops
 from offramp.runtime.errors import UsageError
 
-BUDGET = 0.02  # of the backbone's FLOPs, for a default head
-_WIDTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+BUDGET = 0.035  # of the backbone's FLOPs, for a default head
+_WIDTHS = (8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,16 @@ class Family:
 
 
 def _conv_sizes(shape: tuple[int, ...], width: int) -> Mapping[str, Any]:
+    """Maps of low-level features want a deeper head: four convolutions on large maps, three on small ones."""
     side = min(shape[1:])
-    strides = [2 if side > 4 else 1, 2 if side > 8 else 1]
-    return {"widths": [width, 2 * width], "kernel": 3 if side >= 3 else 1, "strides": strides}
+    kernel = 3 if side >= 3 else 1
+    if side > 8:
+        return {"widths": [width, width, 2 * width, 2 * width], "kernel": kernel, "strides": [2, 1, 2, 1]}
+    return {
+        "widths": [width, width * 3 // 2, 2 * width],
+        "kernel": kernel,
+        "strides": [2 if side > 4 else 1, 1, 1],
+    }
 
 
 def _describe_conv(settings: Mapping[str, Any]) -> str:

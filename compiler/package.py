@@ -22,6 +22,7 @@ from offramp.runtime.errors import UsageError
 from offramp.runtime.manifest import (
     FORMAT_VERSION,
     BackboneSpec,
+    Certificate,
     ExitSpec,
     Manifest,
     Measured,
@@ -43,6 +44,8 @@ from .splits import RowSplits
 from .thresholds import POLICIES, Costs, Records, Selection
 
 METRIC = "max_probability"
+CERTIFIED = "certified"
+ALL_POLICIES = (CERTIFIED, *POLICIES)
 _CHECKED_ROWS = 256
 
 
@@ -51,12 +54,13 @@ class Options:
     """Everything `compile` may be told; the defaults are what most people want."""
 
     tolerance: float = 0.01  # share of rows whose early answer may differ from the backbone's
-    policy: str = "joint"
+    policy: str = CERTIFIED
+    delta: float = 0.05  # how often the certificate may be wrong
     seed: int = 0
     targets: tuple[str, ...] = TARGETS
     training: Training = field(default_factory=Training)
     limits: Limits = field(default_factory=Limits)
-    max_candidates: int = 16  # more are thinned out evenly along the backbone's compute
+    max_candidates: int = 12  # more are thinned out evenly along the backbone's compute
     threads: int | None = None  # to measure with; None: the cores this process may use
     rounds: int = measure.ROUNDS
     batches: tuple[int, ...] = measure.BATCHES  # to measure at; empty: measure nothing
@@ -65,8 +69,10 @@ class Options:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.tolerance) and 0 <= self.tolerance <= 1):
             raise UsageError(f"tolerance {self.tolerance} is not a share of rows; give a number from 0 to 1")
-        if self.policy not in POLICIES:
-            raise UsageError(f"policy {self.policy!r} does not exist; choose one of {', '.join(POLICIES)}")
+        if self.policy not in ALL_POLICIES:
+            raise UsageError(f"policy {self.policy!r} does not exist; choose one of {', '.join(ALL_POLICIES)}")
+        if not 0 < self.delta < 1:
+            raise UsageError(f"delta {self.delta} is not a probability; give a number between 0 and 1, such as 0.05")
         if self.seed < 0:
             raise UsageError(f"seed {self.seed} is negative; give 0 or more")
         if self.max_candidates < 1:
@@ -85,6 +91,7 @@ class Job:
     recorded: Mapping[str, Records]  # splits select, certify, test
     costs: Costs  # FLOPs
     selection: Selection
+    certificate: Certificate | None
     plain: bytes  # the backbone alone as ONNX, to measure against
     options: Options
 
@@ -145,7 +152,7 @@ def _describe(program: ExitProgram, job: Job, stages: Sequence[StageSpec], files
         confidence=program.plan.metric,
         stages=tuple(stages),
         exits=_exit_specs(program, [job.heads[index] for index in selection.chosen]),
-        plans=(Plan(selection.tolerance, selection.policy, thresholds),),
+        plans=(Plan(selection.tolerance, selection.policy, thresholds, job.certificate),),
         default_plan=0,
         splits=Splits(splits.seed, **parts),
         preprocessing=job.options.preprocessing,

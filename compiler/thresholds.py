@@ -37,6 +37,7 @@ class Records:
 
     confidence: NDArray[np.float32]  # [rows, candidates] in [0, 1]
     agrees: NDArray[np.bool_]  # [rows, candidates] the exit's class is the backbone's
+    predicted: bool = False  # take the risk the calibrated confidence predicts in place of the one observed
 
     def __post_init__(self) -> None:
         conf, agrees = self.confidence, self.agrees
@@ -60,7 +61,7 @@ class Records:
     @property
     def risk(self) -> Floats:
         """[rows, candidates] in [0, 1]: what answering that row at that exit risks."""
-        return (~self.agrees).astype(np.float64)
+        return 1.0 - self.confidence.astype(np.float64) if self.predicted else (~self.agrees).astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)

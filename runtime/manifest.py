@@ -70,12 +70,26 @@ class ExitSpec:
 
 
 @dataclass(frozen=True)
+class Certificate:
+    """Evidence that the risk on new rows is within the tolerance, wrong with probability at most `delta`.
+
+    Holds for rows drawn as the certification rows were, which nothing else has seen.
+    """
+
+    delta: float
+    rows: int
+    observed: int  # of these rows, answered otherwise than by the backbone
+    bound: float  # upper confidence bound on the risk at level 1 - delta
+
+
+@dataclass(frozen=True)
 class Plan:
     """Thresholds for one tolerance. A row leaves at the first exit with confidence >= threshold."""
 
     tolerance: float
     policy: str
     thresholds: tuple[float | None, ...]  # [exits - 1]; None: that exit never answers
+    certificate: Certificate | None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .manifest import Evaluation, Manifest, Timing
+from .manifest import Evaluation, Manifest, Plan, Timing
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _NONE = "-"
@@ -41,10 +41,22 @@ def percent(share: float | None, digits: int = 1) -> str:
 def _title(manifest: Manifest) -> str:
     plan = manifest.plans[manifest.default_plan]
     backbone = manifest.backbone
+    promise = _promise(plan)
     return (
         f"{_short(backbone.name, 60)}: {human(backbone.parameters)} parameters, "
         f"{human(backbone.flops)} FLOPs per row, {manifest.classes} classes\n"
-        f"tolerance {percent(plan.tolerance, 2)}, policy {plan.policy}"
+        f"tolerance {percent(plan.tolerance, 2)}, policy {plan.policy}{promise}"
+    )
+
+
+def _promise(plan: Plan) -> str:
+    evidence = plan.certificate
+    if evidence is None:
+        return ": kept on the rows the exits were chosen on, not certified for others"
+    return (
+        f": no more disagreement on new rows, wrong with probability {percent(evidence.delta, 0)} at most\n"
+        f"({evidence.observed} of {evidence.rows:,} certification rows disagree; "
+        f"upper bound {percent(evidence.bound, 2)})"
     )
 
 

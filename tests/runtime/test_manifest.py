@@ -13,6 +13,7 @@ from tiny import Tiny, sign
 from offramp.runtime import ArtifactError, Manifest, TensorSpec, dump_manifest, parse_manifest
 from offramp.runtime.manifest import (
     BackboneSpec,
+    Certificate,
     Evaluation,
     ExitEvaluation,
     ExitSpec,
@@ -62,7 +63,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         )
     )
     thresholds = several(st.none() | real, exits - 1)
-    plans = draw(several(st.builds(Plan, real, text, thresholds), draw(st.integers(1, 3))))
+    certificate = st.builds(Certificate, real, count, count, real)
+    plan = st.builds(Plan, real, text, thresholds, st.none() | certificate)
+    plans = draw(several(plan, draw(st.integers(1, 3))))
     exit_spec = st.builds(
         ExitSpec, text, text, text, st.dictionaries(text, json_value, max_size=2), count, count, count, real
     )

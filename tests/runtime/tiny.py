@@ -23,6 +23,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from offramp.runtime import Manifest, TensorSpec, file_spec, write_artifact
 from offramp.runtime.manifest import (
     BackboneSpec,
+    Certificate,
     Evaluation,
     ExitEvaluation,
     ExitSpec,
@@ -268,7 +269,10 @@ def tiny_manifest(files: dict[str, bytes]) -> Manifest:
             ExitSpec("layer2.block0", "relu_1", "one dense layer", {"family": "dense"}, 40, 80, 300, 1.1),
             ExitSpec("output", "", "the backbone's own", {}, 0, 0, 300, 1.0),
         ),
-        plans=(Plan(0.01, "joint", THRESHOLDS), Plan(0.001, "joint", (None, 0.9))),
+        plans=(
+            Plan(0.01, "certified", THRESHOLDS, Certificate(0.05, 1_500, 7, 0.0087)),
+            Plan(0.001, "joint", (None, 0.9), None),
+        ),
         default_plan=0,
         splits=Splits(0, 50, 10, 20, 10, 10),
         preprocessing=None,

@@ -1,0 +1,93 @@
+"""The certificate: a plan whose risk on new rows exceeds the tolerance with probability at most delta.
+
+Exits chosen on a few thousand rows fit those rows: their risk there says too little about new rows. So a path
+of plans, from timid to bold, is fixed on the selection rows, and only then the certification rows, which
+nothing else has seen, are looked at. Plan by plan the hypothesis "its risk exceeds the tolerance" is tested
+exactly; the path ends at the first plan for which it cannot be rejected at level delta. Testing in a fixed
+order and stopping at the first failure spends delta once, however long the path (fixed-sequence testing; for
+risk control see Angelopoulos et al., "Learn then Test", 2021).
+
+Assumes that certification rows and new rows are drawn alike and independently. Disagreements of a plan on n
+such rows are binomial, so the test is exact: p = P(Binomial(n, tolerance) <= observed).
+
+Refused: a delta outside (0, 1); fewer rows than a plan without any disagreement would need.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.stats import beta, binom
+
+from offramp.runtime.errors import InputError, UsageError
+
+from .thresholds import Costs, Records, Selection, disagreement, expected_cost, joint
+
+# Shares of the tolerance a plan of the path is chosen for. Beyond 1 the expectation was too gloomy.
+PATH = tuple(float(share) for share in np.arange(1, 31) / 20)
+
+
+@dataclass(frozen=True)
+class Certified:
+    """The boldest plan that passed, and the evidence."""
+
+    selection: Selection  # expected cost and disagreement on the selection rows
+    delta: float
+    rows: int  # certification rows
+    observed: int  # of them, rows the plan answers otherwise than the backbone
+    bound: float  # upper confidence bound on the risk at level 1 - delta (Clopper-Pearson)
+
+
+def rows_needed(tolerance: float, delta: float) -> int:
+    """Fewest rows that can certify `tolerance` at `delta`, when none of them disagrees."""
+    return math.ceil(math.log(delta) / math.log1p(-tolerance))
+
+
+def upper_bound(observed: int, rows: int, delta: float) -> float:
+    """The largest risk under which `observed` or fewer of `rows` rows disagree with probability delta or more."""
+    return 1.0 if observed >= rows else float(beta.ppf(1 - delta, observed + 1, rows - observed))
+
+
+def certified(selected: Records, held_out: Records, costs: Costs, tolerance: float, delta: float = 0.05) -> Certified:
+    """Selection records, certification records -> the boldest plan whose risk is certified.
+
+    The plan without exits needs no evidence: it is what remains when not even the most timid plan passes.
+    """
+    if not 0 < delta < 1:
+        raise UsageError(f"delta {delta} is not a probability; give a number between 0 and 1, such as 0.05")
+    nothing = Selection((), (), "certified", tolerance, float(costs.reach[-1]), 0.0)
+    best = Certified(nothing, delta, held_out.rows, 0, 0.0)
+    if tolerance <= 0:
+        return best
+    if tolerance < 1 and held_out.rows < rows_needed(tolerance, delta):
+        raise InputError(
+            f"{held_out.rows} rows cannot certify a tolerance of {tolerance:g} at delta {delta:g}: "
+            f"{rows_needed(tolerance, delta)} are needed in the certification split even if none disagrees; "
+            "give more data, a larger tolerance, or another policy than certified"
+        )
+    for selection in plan_path(selected, costs, tolerance):
+        wrong = disagreement(held_out, selection.chosen, selection.thresholds)
+        observed = round(wrong * held_out.rows)
+        if binom.cdf(observed, held_out.rows, tolerance) > delta:
+            break
+        best = Certified(selection, delta, held_out.rows, observed, upper_bound(observed, held_out.rows, delta))
+    return best
+
+
+def plan_path(selected: Records, costs: Costs, tolerance: float) -> list[Selection]:
+    """Plans from timid to bold, each cheaper than the one before.
+
+    Each is the joint plan under the risk its calibrated confidences predict: predicted on rows the temperature
+    was not fitted on, it does not reward a threshold for the luck of these rows, as counting disagreements does.
+    """
+    predicted = replace(selected, predicted=True)
+    path: list[Selection] = []
+    for share in PATH:
+        found = joint(predicted, costs, min(1.0, share * tolerance))
+        cost = expected_cost(selected, costs, found.chosen, found.thresholds)
+        if found.chosen and (not path or cost < path[-1].expected_cost):
+            seen = disagreement(selected, found.chosen, found.thresholds)
+            path.append(replace(found, policy="certified", tolerance=tolerance, expected_cost=cost, disagreement=seen))
+    return path

@@ -1,0 +1,116 @@
+"""The certificate: exact, spent once, and kept on simulated data with known risk."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from offramp.compiler import Costs, Records, certified, rows_needed
+from offramp.compiler.certify import plan_path, upper_bound
+from offramp.compiler.thresholds import disagreement, exits_taken
+from offramp.runtime.errors import InputError, UsageError
+
+COSTS = Costs(np.array([0.3, 0.3, 0.4]), np.array([0.01, 0.01]))
+TOLERANCE, DELTA = 0.05, 0.2
+
+
+def population(rows: int, seed: int) -> Records:
+    """Two candidates, confidences that are right about the agreement they promise, the deeper one surer."""
+    generator = np.random.default_rng(seed)
+    ease = generator.beta(2, 1, rows)
+    confidence = np.stack([ease, np.minimum(1, ease + 0.2)], 1).astype(np.float32)
+    return Records(confidence, generator.random((rows, 2)) < confidence)
+
+
+@given(st.integers(0, 40), st.integers(1, 400), st.floats(0.01, 0.5), st.floats(0.01, 0.3))
+def test_the_test_passes_exactly_when_the_bound_is_within_the_tolerance(
+    observed: int, rows: int, tolerance: float, delta: float
+) -> None:
+    bound = upper_bound(min(observed, rows), rows, delta)
+    if abs(bound - tolerance) > 1e-9:
+        assert (binom.cdf(min(observed, rows), rows, tolerance) <= delta) == (bound < tolerance)
+
+
+def test_as_many_rows_as_the_design_says_certify_one_percent() -> None:
+    assert rows_needed(0.01, 0.05) == 299
+    assert upper_bound(0, 299, 0.05) <= 0.01 < upper_bound(0, 298, 0.05)
+
+
+def test_the_path_goes_from_timid_to_bold() -> None:
+    selected = population(2000, 1)
+    path = plan_path(selected, COSTS, TOLERANCE)
+    assert len(path) > 5
+    costs = [plan.expected_cost for plan in path]
+    assert costs == sorted(costs, reverse=True)
+    left = [int((exits_taken(selected, p.chosen, p.thresholds) < len(p.chosen)).sum()) for p in path]
+    assert left[0] < left[-1]
+
+
+def test_the_plan_found_is_the_last_of_the_path_before_the_first_that_fails() -> None:
+    selected, held_out = population(2000, 1), population(1000, 2)
+    found = certified(selected, held_out, COSTS, TOLERANCE, DELTA)
+    bounds = []
+    for plan in plan_path(selected, COSTS, TOLERANCE):
+        observed = round(disagreement(held_out, plan.chosen, plan.thresholds) * held_out.rows)
+        bounds.append((upper_bound(observed, held_out.rows, DELTA), plan))
+    passed = next(i for i, (bound, _) in enumerate(bounds) if bound > TOLERANCE)
+    assert passed > 0
+    assert found.selection == bounds[passed - 1][1]
+    assert found.bound == bounds[passed - 1][0] <= TOLERANCE
+    assert found.rows == 1000
+
+
+def test_the_promise_is_kept_on_simulated_data() -> None:
+    """Of 500 certificates at delta, no more than delta are wrong, within binomial error; a joint plan's are more."""
+    truth = population(200_000, 99)
+    selected = population(1500, 3)
+    path = plan_path(selected, COSTS, TOLERANCE)
+    risks = [disagreement(truth, p.chosen, p.thresholds) for p in path]
+    broken = 0
+    for seed in range(500):
+        found = certified_along(path, population(500, 1000 + seed))
+        broken += found >= 0 and risks[found] > TOLERANCE
+    assert broken <= binom.ppf(0.999, 500, DELTA)
+    assert max(risks) > TOLERANCE  # else nothing could have been broken
+
+
+def certified_along(path: list, held_out: Records) -> int:  # type: ignore[type-arg]
+    """The index `certified` would stop at on this path, which does not depend on the certification rows."""
+    last = -1
+    for index, plan in enumerate(path):
+        observed = round(disagreement(held_out, plan.chosen, plan.thresholds) * held_out.rows)
+        if binom.cdf(observed, held_out.rows, TOLERANCE) > DELTA:
+            break
+        last = index
+    return last
+
+
+def test_a_hopeless_case_gets_no_exits() -> None:
+    generator = np.random.default_rng(0)
+    confidence = np.full((500, 2), 0.99, np.float32) - generator.random((500, 2)).astype(np.float32) / 100
+    hopeless = Records(confidence, np.zeros((500, 2), np.bool_))
+    found = certified(hopeless, hopeless, COSTS, TOLERANCE, DELTA)
+    assert found.selection.chosen == ()
+    assert (found.observed, found.bound) == (0, 0.0)
+
+
+def test_tolerance_zero_is_the_backbone_and_needs_no_rows() -> None:
+    found = certified(population(50, 0), population(5, 1), COSTS, 0.0)
+    assert found.selection.chosen == ()
+    assert found.selection.expected_cost == pytest.approx(1.0)
+
+
+def test_too_few_rows_are_refused_with_the_number_needed() -> None:
+    with pytest.raises(
+        InputError, match=r"298 rows cannot certify a tolerance of 0\.01 at delta 0\.05: 299 are needed"
+    ):
+        certified(population(100, 0), population(298, 1), COSTS, 0.01)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -0.1, float("nan")])
+def test_refused_deltas(delta: float) -> None:
+    with pytest.raises(UsageError, match="is not a probability"):
+        certified(population(100, 0), population(100, 1), COSTS, 0.1, delta)
