@@ -45,6 +45,16 @@ def rows_needed(tolerance: float, delta: float) -> int:
     return math.ceil(math.log(delta) / math.log1p(-tolerance))
 
 
+def check_rows(rows: int, tolerance: float, delta: float) -> None:
+    """Raises `InputError` when so many certification rows can certify no plan at all."""
+    if 0 < tolerance < 1 and rows < rows_needed(tolerance, delta):
+        raise InputError(
+            f"{rows} rows cannot certify a tolerance of {tolerance:g} at delta {delta:g}: "
+            f"{rows_needed(tolerance, delta)} are needed in the certification split even if none disagrees; "
+            "give more data, a larger tolerance, or another policy than certified"
+        )
+
+
 def upper_bound(observed: int, rows: int, delta: float) -> float:
     """The largest risk under which `observed` or fewer of `rows` rows disagree with probability delta or more."""
     return 1.0 if observed >= rows else float(beta.ppf(1 - delta, observed + 1, rows - observed))
@@ -61,12 +71,7 @@ def certified(selected: Records, held_out: Records, costs: Costs, tolerance: flo
     best = Certified(nothing, delta, held_out.rows, 0, 0.0)
     if tolerance <= 0:
         return best
-    if tolerance < 1 and held_out.rows < rows_needed(tolerance, delta):
-        raise InputError(
-            f"{held_out.rows} rows cannot certify a tolerance of {tolerance:g} at delta {delta:g}: "
-            f"{rows_needed(tolerance, delta)} are needed in the certification split even if none disagrees; "
-            "give more data, a larger tolerance, or another policy than certified"
-        )
+    check_rows(held_out.rows, tolerance, delta)
     for selection in plan_path(selected, costs, tolerance):
         wrong = disagreement(held_out, selection.chosen, selection.thresholds)
         observed = round(wrong * held_out.rows)

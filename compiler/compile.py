@@ -29,7 +29,7 @@ from offramp.runtime.errors import InputError, NoCandidateError, UsageError
 from offramp.runtime.manifest import Certificate, Manifest
 
 from .capture import bind, capture
-from .certify import certified
+from .certify import certified, check_rows
 from .distill import Head, default_heads, distil, tensors
 from .emit import backbone_model
 from .heads import head_flops
@@ -74,6 +74,8 @@ def compile(
     rows = fit_rows(rows, input_specs(backbone))
     found = find_candidates(backbone, limits=options.limits)
     found = keep_independent(backbone, found, bind(backbone.inputs, example, backbone.name))
+    if options.policy == CERTIFIED:
+        check_rows(len(splits.certify), options.tolerance, options.delta)
     plain = backbone_model(backbone)  # an operator without an ONNX form is better found now than after training
     candidates = choose_candidates(backbone, found, options.max_candidates)
     say(f"{backbone.name}: {len(found.kept)} candidates, {len(found.refused)} places refused; {len(candidates)} taken")

@@ -2,8 +2,7 @@
 
 A family belongs to one kind of activation; a `HeadConfig` names the family and its settings and is all that
 an artifact stores of a head's architecture. The default of each family spends no more than 3.5 percent of the
-backbone's compute (on ResNet-56 deeper heads of three to four convolutions agree with the backbone far more often
-than two convolutions of two percent: at half of the depth on 29 % of rows against 19 % within the same risk):
+backbone's compute. Deep and narrow beats shallow and wide for the same compute, most of all at shallow exits.
 
     conv    [B, C, H, W]  convolutions with batch norm, average pooling, dense
     tokens  [B, T, D]     first token and mean over tokens, layer norm, dense, dense

@@ -24,6 +24,8 @@ from .errors import ArtifactError
 from .manifest import Manifest, StageSpec
 
 Arrays = dict[str, np.ndarray]
+Thresholds = tuple[float, ...]  # [exits - 1] float32 values
+_NEVER = float("inf")
 PROBABILITIES = "probabilities"
 CONFIDENCE = "confidence"
 
@@ -41,7 +43,7 @@ class ExitRows:
 class Executor(Protocol):
     """What a session asks of either form of the artifact. Batches are checked and hold at least one row."""
 
-    def answer(self, arrays: Arrays, thresholds: np.ndarray) -> Iterator[ExitRows]:
+    def answer(self, arrays: Arrays, thresholds: Thresholds) -> Iterator[ExitRows]:
         """Rows as they leave; a later exit is computed only when its rows are asked for."""
 
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
@@ -52,9 +54,9 @@ class Executor(Protocol):
 class _Stage:
     session: EngineSession
     inputs: tuple[str, ...]
-    carries: tuple[str, ...]
     kept: list[str]  # outputs a later stage reads; the others are not even fetched
     fetched: list[str]  # kept, then probabilities and confidence
+    passes_on: list[str]  # what later stages read and this one does not make
 
 
 class Segments:
@@ -66,16 +68,19 @@ class Segments:
         for spec, session in zip(manifest.stages, sessions, strict=True):
             known = _check_stage(spec, session, known)
             kept = [name for name in spec.outputs if name in spec.carries]
-            stage = _Stage(session, session.inputs, spec.carries, kept, [*kept, PROBABILITIES, CONFIDENCE])
+            passes_on = [name for name in spec.carries if name not in kept]
+            stage = _Stage(session, session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on)
             self._stages.append(stage)
 
-    def answer(self, arrays: Arrays, thresholds: np.ndarray) -> Iterator[ExitRows]:
+    def answer(self, arrays: Arrays, thresholds: Thresholds) -> Iterator[ExitRows]:
+        # Between two stages the caches are ONNX Runtime's: every Python step here costs several times what it
+        # costs in a loop of its own, at batch 1 a tenth of a small model in all. Hence plain floats for one row.
         live = arrays
         rows: np.ndarray | None = None
         last = len(self._stages) - 1
         for index, stage in enumerate(self._stages):
             feed = {name: live[name] for name in stage.inputs}
-            if index < last and thresholds[index] == np.inf:
+            if index < last and thresholds[index] == _NEVER:
                 values = stage.session.run(stage.kept, feed) if stage.kept else []
                 live = _carry(stage, live, values)
                 continue
@@ -84,9 +89,12 @@ class Segments:
             if index == last:
                 yield ExitRows(index, rows, probabilities, confidence)
                 return
-            leaves = confidence >= thresholds[index]
-            count = np.count_nonzero(leaves)
-            if count == leaves.size:
+            if len(confidence) == 1:
+                count = int(confidence.item() >= thresholds[index])
+            else:
+                leaves = confidence >= np.float32(thresholds[index])
+                count = int(np.count_nonzero(leaves))
+            if count == len(confidence):
                 yield ExitRows(index, rows, probabilities, confidence)
                 return
             live = _carry(stage, live, values)
@@ -126,8 +134,8 @@ class SingleFile:
             raise ArtifactError(f"{session.name}: has no {sorted(missing)[0]!r}; compile the model again")
         self._session = session
 
-    def answer(self, arrays: Arrays, thresholds: np.ndarray) -> Iterator[ExitRows]:
-        feed = {**arrays, "thresholds": thresholds} if self._threshold_feed else arrays
+    def answer(self, arrays: Arrays, thresholds: Thresholds) -> Iterator[ExitRows]:
+        feed = {**arrays, "thresholds": np.array(thresholds, np.float32)} if self._threshold_feed else arrays
         probabilities, exits = self._session.run([PROBABILITIES, "exit"], feed)
         confidence = probabilities.max(axis=1)
         for index in range(self._exits):
@@ -139,15 +147,16 @@ class SingleFile:
 
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
         for index in range(self._exits):
-            thresholds = np.full(self._exits - 1, np.inf, np.float32)
-            thresholds[index : index + 1] = -np.inf
-            yield from self.answer(arrays, thresholds)
+            alone = tuple(-_NEVER if exit_ == index else _NEVER for exit_ in range(self._exits - 1))
+            yield from self.answer(arrays, alone)
 
 
 def _carry(stage: _Stage, live: Arrays, values: Sequence[np.ndarray]) -> Arrays:
     """Values a later stage still reads; the rest are forgotten here, and with them their memory."""
-    made = dict(zip(stage.kept, values, strict=True))
-    return {name: made[name] if name in made else live[name] for name in stage.carries}
+    carried = dict(zip(stage.kept, values, strict=True))
+    for name in stage.passes_on:
+        carried[name] = live[name]
+    return carried
 
 
 def _check_stage(spec: StageSpec, session: EngineSession, known: set[str]) -> set[str]:

@@ -6,6 +6,7 @@ size, two inputs that disagree on the batch or on a named dimension, NaN or infi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,24 +51,36 @@ def check_arrays(arrays: Mapping[str, np.ndarray], inputs: Sequence[TensorSpec])
     sizes: dict[str, tuple[int, str]] = {}
     for spec in inputs:
         array = arrays[spec.name]
-        if array.dtype != spec.dtype:
+        # `dtype.name` is computed anew each time it is asked for; the comparison is not.
+        if array.dtype != _dtype(spec.dtype):
             raise InputError(
                 f"input {spec.name!r} is {array.dtype}, the model takes {spec.dtype}; "
                 f"convert it with .astype({spec.dtype!r})"
             )
+        if array.shape[1:] == spec.shape[1:] and array.shape:
+            _agree(sizes, "batch", array.shape[0], spec.name)
+            continue
         if len(array.shape) != len(spec.shape):
             raise InputError(_misshapen(spec, array))
         for size, expected in zip(array.shape, spec.shape, strict=True):
             if isinstance(expected, int):
                 if size != expected:
                     raise InputError(_misshapen(spec, array))
-            elif sizes.setdefault(expected, (size, spec.name))[0] != size:
-                other, name = sizes[expected]
-                raise InputError(
-                    f"inputs disagree on {expected!r}: {other} in {name!r}, {size} in {spec.name!r}; "
-                    "pass arrays of the same rows and lengths"
-                )
+            else:
+                _agree(sizes, expected, size, spec.name)
     return sizes["batch"][0]
+
+
+def _agree(sizes: dict[str, tuple[int, str]], dimension: str, size: int, name: str) -> None:
+    other, first = sizes.setdefault(dimension, (size, name))
+    if other != size:
+        raise InputError(
+            f"inputs disagree on {dimension!r}: {other} in {first!r}, {size} in {name!r}; "
+            "pass arrays of the same rows and lengths"
+        )
+
+
+_dtype = functools.cache(np.dtype)
 
 
 def check_finite(array: np.ndarray, name: str, first_row: int = 0) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from .artifact import Artifact, open_artifact
 from .engine import EngineSession, check_threads, choose_providers
 from .errors import UsageError
-from .execution import Executor, ExitRows, Segments, SingleFile
+from .execution import Executor, ExitRows, Segments, SingleFile, Thresholds
 from .inputs import Batch, check_batch
 from .manifest import Manifest, TensorSpec
 
@@ -87,7 +87,7 @@ class Session:
         self._manifest = artifact.manifest
         self._path = artifact.path
         self._executor: Executor | None = executor
-        self._thresholds = np.array(self._manifest.thresholds(), np.float32)
+        self._thresholds = _floats(np.array(self._manifest.thresholds(), np.float32))
 
     @property
     def manifest(self) -> Manifest:
@@ -116,20 +116,19 @@ class Session:
         `on_exit(rows, answers)` is called with the rows of each exit as soon as they are answered.
         """
         arrays, rows, limits, executor = self._prepare(batch, thresholds)
-        whole = _empty(rows, self.classes)
-        if not rows:
-            return whole
-        for leaving in executor.answer(arrays, limits):
+        whole: Answers | None = None
+        for leaving in executor.answer(arrays, limits) if rows else ():
             answers = _answers(leaving)
             if on_exit is not None:
                 on_exit(_indices(leaving), answers)
             if leaving.rows is None:
                 return answers
+            whole = whole or _empty(rows, self.classes)
             whole.classes[leaving.rows] = answers.classes
             whole.probabilities[leaving.rows] = answers.probabilities
             whole.exits[leaving.rows] = leaving.exit
             whole.confidence[leaving.rows] = answers.confidence
-        return whole
+        return whole or _empty(0, self.classes)
 
     def stream(
         self, batch: Batch, *, thresholds: Sequence[float] | None = None
@@ -165,7 +164,7 @@ class Session:
 
     def _prepare(
         self, batch: Batch, thresholds: Sequence[float] | None
-    ) -> tuple[dict[str, np.ndarray], int, np.ndarray, Executor]:
+    ) -> tuple[dict[str, np.ndarray], int, Thresholds, Executor]:
         executor = self._executor
         if executor is None:
             raise UsageError(f"{self._path}: this session was closed; load the artifact again")
@@ -173,7 +172,7 @@ class Session:
         limits = self._thresholds if thresholds is None else self._limits(thresholds)
         return arrays, rows, limits, executor
 
-    def _limits(self, thresholds: Sequence[float]) -> np.ndarray:
+    def _limits(self, thresholds: Sequence[float]) -> Thresholds:
         try:
             limits = np.asarray(thresholds, np.float32)
         except (TypeError, ValueError) as error:
@@ -183,7 +182,12 @@ class Session:
                 f"thresholds {np.array2string(limits, threshold=8)} do not fit; "
                 f"give {self.exits - 1} numbers, one per exit but the last, infinity for never"
             )
-        return limits
+        return _floats(limits)
+
+
+def _floats(limits: np.ndarray) -> Thresholds:
+    """float32 values as Python's floats, which hold them exactly."""
+    return tuple(limits.tolist())
 
 
 def _stream(leaving: Iterator[ExitRows]) -> Iterator[tuple[np.ndarray, Answers]]:
@@ -192,7 +196,8 @@ def _stream(leaving: Iterator[ExitRows]) -> Iterator[tuple[np.ndarray, Answers]]
 
 
 def _answers(leaving: ExitRows) -> Answers:
-    exits = np.full(len(leaving.confidence), leaving.exit, np.int64)
+    exits = np.empty(len(leaving.confidence), np.int64)
+    exits.fill(leaving.exit)
     return Answers(leaving.probabilities.argmax(axis=1), leaving.probabilities, exits, leaving.confidence)
 
 

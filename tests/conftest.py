@@ -14,7 +14,7 @@ from offramp.runtime import Manifest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are no part of the package
 
-QUICK = Options(tolerance=0.02, training=Training(epochs=3), batches=())
+QUICK = Options(tolerance=0.02, policy="joint", training=Training(epochs=3), batches=())
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from offramp.runtime.errors import (
 )
 
 ROWS = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
-QUICK = Options(training=Training(epochs=1), batches=())
+QUICK = Options(policy="joint", training=Training(epochs=1), batches=())
 
 
 class Ends(Chain):
@@ -262,6 +262,15 @@ def test_options_out_of_range(refused: Callable[..., str], flags: tuple[str, str
     assert says in refused("compile", "zoo:good", "--data", "zoo:good_rows", "-o", "out", *flags)
 
 
+def test_too_few_rows_for_the_guarantee_are_refused_before_training(here: Path, refused: Callable[..., str]) -> None:
+    data = str(here.parent / "sources" / "rows.npy")
+    line = refused("compile", "zoo:good", "--data", data, "-o", "out")
+    assert "30 rows cannot certify a tolerance of 0.01 at delta 0.05: 299 are needed" in line
+    assert "delta 1.5 is not a probability" in refused(
+        "compile", "zoo:good", "--data", data, "-o", "out", "--delta", "1.5"
+    )
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--target", "tflite"), ("--policy", "greedy"), ("--augment", "rotate")])
 def test_unknown_choices_name_the_known_ones(
     here: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
@@ -293,7 +302,8 @@ def test_a_disk_that_fills_up(here: Path) -> None:
     paths = [str(Path(offramp.runtime.__file__).parents[2]), str(Path(__file__).parent), str(here.parent / "sources")]
     data = str(here.parent / "sources" / "rows.npy")
     done = subprocess.run(
-        [sys.executable, "-m", "offramp.runtime", "compile", "zoo:good", "--data", data, "-o", "out", "--epochs", "1"],
+        [sys.executable, "-m", "offramp.runtime", "compile", "zoo:good", "--data", data, "-o", "out"]
+        + ["--policy", "joint", "--epochs", "1"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([p for p in [*sys.path, *paths] if p])},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)),
         capture_output=True, text=True, check=False,
@@ -316,7 +326,7 @@ def test_an_interrupted_compile_goes_on_where_it_was(
     (here.parent / "sources" / "zoo_seeded.py").write_text(
         "import torch\nfrom models import Chain\ndef good():\n    torch.manual_seed(0)\n    return Chain()\n"
     )
-    monkeypatch.setattr("offramp.compiler.package._timings", lambda program, artifact, job: ())
+    monkeypatch.setattr("offramp.compiler.package._timings", lambda artifact, job: ())
     assert cli.main(["compile", *common, "-o", "whole"]) == 0
     save = distill._Trainer.save
 

@@ -106,6 +106,18 @@ def test_one_target_is_enough(target: str, files: set[str], tmp_path: Path) -> N
         assert session.run(CHAIN_ROWS[:9]).probabilities.shape == (9, 4)
 
 
+def test_the_default_policy_writes_its_certificate(tmp_path: Path) -> None:
+    options = Options(tolerance=0.5, delta=0.1, training=Training(epochs=2), batches=(), targets=("onnx-segments",))
+    manifest = compile(chain(), CHAIN_ROWS, tmp_path / "out", options=options)
+    plan = manifest.plans[manifest.default_plan]
+    assert plan.policy == "certified"
+    assert plan.certificate is not None
+    assert plan.certificate.delta == 0.1
+    assert plan.certificate.bound <= 0.5
+    if plan.thresholds:
+        assert plan.certificate.rows == manifest.splits.certify
+
+
 def test_a_failure_leaves_the_old_artifact(compiled: Compiled, tmp_path: Path) -> None:
     out = tmp_path / "out"
     manifest = open_artifact(compiled.path).manifest
@@ -138,7 +150,7 @@ class Untranslatable(Chain):
 
 def test_an_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    options = Options(training=Training(epochs=1), batches=())
+    options = Options(policy="joint", training=Training(epochs=1), batches=())
     with pytest.raises(ModelError, match=r"cannot be translated to ONNX: .*bessel_j0"):
         compile(Untranslatable(), CHAIN_ROWS, tmp_path / "out", options=options)
     assert not (tmp_path / "out").exists()
