@@ -74,12 +74,12 @@ def compile(
     rows = fit_rows(rows, input_specs(backbone))
     found = find_candidates(backbone, limits=options.limits)
     found = keep_independent(backbone, found, bind(backbone.inputs, example, backbone.name))
-    if options.policy == CERTIFIED:
-        check_rows(len(splits.certify), options.tolerance, options.delta)
     plain = backbone_model(backbone)  # an operator without an ONNX form is better found now than after training
     candidates = choose_candidates(backbone, found, options.max_candidates)
     say(f"{backbone.name}: {len(found.kept)} candidates, {len(found.refused)} places refused; {len(candidates)} taken")
 
+    if options.policy == CERTIFIED:
+        check_rows(len(splits.certify), options.tolerance, options.delta)
     kept = work or out.absolute().with_name(out.name + ".work")
     configs = default_heads(backbone, candidates)
     heads = distil(

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
+from models import QUICK, Compiled
 
-from offramp.compiler import Options, Training, compile
+from offramp.compiler import compile
 from offramp.compiler.demo import Digits, train_digits
-from offramp.runtime import Manifest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are no part of the package
-
-QUICK = Options(tolerance=0.02, policy="joint", training=Training(epochs=3), batches=())
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """An artifact and what it was made from."""
-
-    path: Path
-    manifest: Manifest
-    digits: Digits
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from offramp.compiler import build_head, capture, default_head
+from offramp.compiler import Options, Training, build_head, capture, default_head
+from offramp.compiler.demo import Digits
 from offramp.passes import Backbone, ExitPlan, ExitProgram, PlannedExit, build_program, row_shape
+from offramp.runtime import Manifest
 
 INF = float("inf")
+QUICK = Options(tolerance=0.02, policy="joint", training=Training(epochs=3), batches=())
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An artifact and what it was made from."""
+
+    path: Path
+    manifest: Manifest
+    digits: Digits
 
 
 class Chain(nn.Module):

@@ -294,16 +294,18 @@ def test_a_foreign_output_is_refused_before_training(here: Path, refused: Callab
 
 def test_an_output_that_cannot_be_written_is_refused_before_training(here: Path, refused: Callable[..., str]) -> None:
     (here / "file").write_text("")
-    assert "choose another output" in refused("compile", "zoo:good", "--data", "zoo:good_rows", "-o", "file/out")
+    assert "choose another output" in refused(
+        "compile", "zoo:good", "--data", "zoo:good_rows", "-o", "file/out", "--policy", "joint"
+    )
 
 
 def test_a_disk_that_fills_up(here: Path) -> None:
     """No file may grow past two kilobytes, in a process of its own."""
     paths = [str(Path(offramp.runtime.__file__).parents[2]), str(Path(__file__).parent), str(here.parent / "sources")]
     data = str(here.parent / "sources" / "rows.npy")
+    flags = ["--data", data, "-o", "out", "--policy", "joint", "--epochs", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "offramp.runtime", "compile", "zoo:good", "--data", data, "-o", "out"]
-        + ["--policy", "joint", "--epochs", "1"],
+        [sys.executable, "-m", "offramp.runtime", "compile", "zoo:good", *flags],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([p for p in [*sys.path, *paths] if p])},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)),
         capture_output=True, text=True, check=False,

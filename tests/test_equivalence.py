@@ -88,7 +88,7 @@ def make(model: str, folder: Path) -> Forms:
     selection = replace(selection, chosen=(0, 1, 2), thresholds=mixed)
     plan = exit_plan(selection, heads, temperatures)
     program = build_program(backbone, plan, {h.candidate.name: h.module for h in heads})
-    job = Job(data, splits, heads, temperatures, recorded, costs(backbone, heads), selection, options)
+    job = Job(data, splits, heads, temperatures, recorded, costs(backbone, heads), selection, None, b"", options)
     manifest, files = pack(program, job)
     write_artifact(folder / "artifact", manifest, files)
     sessions = {form: load(folder / "artifact", executor=form) for form in ("segments", "single-file")}  # type: ignore[arg-type]

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, Compiled
-from models import Chain
+from models import QUICK, Chain, Compiled
 from torch import nn
 
 from offramp.compiler import Options, Training, compile

@@ -39,7 +39,7 @@ def test_inspect_shows_the_table_and_what_is_inside(tiny: Tiny, capsys: pytest.C
     out = capsys.readouterr().out
     assert render(tiny.manifest) in out
     assert "x float32 (batch, 6)" in out
-    assert "* tolerance 1.00 %, joint: 0.5500, 0.5000" in out
+    assert "* tolerance 1.00 %, certified: 0.5500, 0.5000" in out
     assert "  tolerance 0.10 %, joint: never, 0.9000" in out
     assert "distil 50, calibrate 10, select 20, certify 10, test 10; seed 0" in out
     for name, spec in tiny.manifest.all_files().items():
