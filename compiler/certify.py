@@ -23,6 +23,7 @@ from scipy.stats import beta, binom
 
 from offramp.runtime.errors import InputError, UsageError
 
+from .progress import bar
 from .thresholds import Costs, Records, Selection, disagreement, expected_cost, joint
 
 # Shares of the tolerance a plan of the path is chosen for. Beyond 1 the expectation was too gloomy.
@@ -89,7 +90,7 @@ def plan_path(selected: Records, costs: Costs, tolerance: float) -> list[Selecti
     """
     predicted = replace(selected, predicted=True)
     path: list[Selection] = []
-    for share in PATH:
+    for share in bar(PATH, "choose exits", len(PATH)):
         found = joint(predicted, costs, min(1.0, share * tolerance))
         cost = expected_cost(selected, costs, found.chosen, found.thresholds)
         if found.chosen and (not path or cost < path[-1].expected_cost):
