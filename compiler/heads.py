@@ -2,7 +2,7 @@
 
 A family belongs to one kind of activation; a `HeadConfig` names the family and its settings and is all that
 an artifact stores of a head's architecture. The default of each family spends no more than 3.5 percent of the
-backbone's compute. Deep and narrow beats shallow and wide for the same compute, most of all at shallow exits.
+backbone's compute:
 
     conv    [B, C, H, W]  convolutions with batch norm, average pooling, dense
     tokens  [B, T, D]     first token and mean over tokens, layer norm, dense, dense

@@ -37,8 +37,8 @@ def render_report(manifest: Manifest, selected: Records, test: Records, costs: C
             manifest=manifest,
             plan=manifest.plans[manifest.default_plan],
             table=render(manifest),
-            coverage=_svg(lambda axes: _coverage(axes, manifest, test)),
-            dial=_svg(lambda axes: _dial(axes, manifest, selected, test, costs)),
+            coverage=_svg(lambda axes: _coverage(axes, test)),
+            dial=_svg(lambda axes: _dial(axes, selected, test, costs)),
         )
     )
     return page.encode()
@@ -57,7 +57,7 @@ def _svg(draw: Callable[[Axes], None]) -> str:
     return text[text.index("<svg") :]
 
 
-def _coverage(axes: Axes, manifest: Manifest, test: Records) -> None:
+def _coverage(axes: Axes, test: Records) -> None:
     """Rows a candidate would take, most confident first, against disagreement among them."""
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, test.candidates))
     for index in range(test.candidates):
@@ -70,7 +70,7 @@ def _coverage(axes: Axes, manifest: Manifest, test: Records) -> None:
     axes.set_title(f"{test.candidates} candidates, dark = shallow, {test.rows:,} test rows", fontsize=10)
 
 
-def _dial(axes: Axes, manifest: Manifest, selected: Records, test: Records, costs: Costs) -> None:
+def _dial(axes: Axes, selected: Records, test: Records, costs: Costs) -> None:
     """Compute saved and disagreement on the test rows for exits chosen at each tolerance."""
     plans = [select("joint", replace(selected, predicted=True), costs, t) for t in TOLERANCES]
     saved = [1 - expected_cost(test, costs, p.chosen, p.thresholds) / costs.segment.sum() for p in plans]

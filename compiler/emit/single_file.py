@@ -33,7 +33,7 @@ def single_file_model(
     """The stages' models nested into one; `specs` and `models` as the stage emitter gives them."""
     builder = _Builder(specs, models, program.backbone.classes)
     graph = builder.graph([i.name for i in program.backbone.inputs])
-    inputs = _model_inputs(program, models)
+    inputs = _model_inputs(program)
     thresholds = np.array(program.plan.thresholds, dtype=np.float32)
     inputs.append(helper.make_tensor_value_info("thresholds", _FLOAT, [len(thresholds)]))
     graph.initializer.append(numpy_helper.from_array(thresholds, "thresholds"))
@@ -43,7 +43,7 @@ def single_file_model(
     return model
 
 
-def _model_inputs(program: ExitProgram, models: Sequence[onnx.ModelProto]) -> list[onnx.ValueInfoProto]:
+def _model_inputs(program: ExitProgram) -> list[onnx.ValueInfoProto]:
     """The model's inputs in its own order; one that no segment reads is still accepted."""
     infos = []
     for declared in program.backbone.inputs:
