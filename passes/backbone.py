@@ -87,6 +87,22 @@ def captured_size(size: int | torch.SymInt) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
+def free_dimensions(backbone: Backbone) -> dict[str, str]:
+    """Symbol of every size that varies -> what the inputs call it."""
+    placeholders = backbone.graph.find_nodes(op="placeholder")
+    return {
+        str(size): word
+        for node, given in zip(placeholders, backbone.inputs, strict=True)
+        for size, word in zip(node.meta["val"].shape, given.shape, strict=True)
+        if isinstance(word, str)
+    }
+
+
+def depends_on_data(size: int | torch.SymInt) -> bool:
+    """Whether a dimension's size is known only when the values are: how many tokens are marked, say."""
+    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+
+
 def row_shape(backbone: Backbone, name: str) -> tuple[int, ...]:
     """Shape of one row of the value `name`; a dimension that varies has its captured size."""
     node = next(n for n in backbone.graph.nodes if n.name == name)

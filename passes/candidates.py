@@ -5,8 +5,10 @@ The rules, in the order they are asked:
 
 1. single dominator   no path to the output goes round the node (else: which node bypasses it)
 2. one tensor         a tuple is not a value a head can read
-3. batch first        dimension 0 is exactly the batch symbol, the value is float32 of rank 2 to 4
-4. inference          dropout and batch norm only rescale what stands before them
+3. batch first        dimension 0 is exactly the batch symbol, the value is float32 of rank 2 to 4 and its
+                      number of features does not vary
+4. inference          dropout and batch norm only rescale what stands before them, unless that lies inside a
+                      component (5) that they end
 5. component          the value leaves a first-level component of the model (paper, 3.1), where components
                       are known; containers, and modules that are little more than a chain of equal
                       modules, are looked into
@@ -17,6 +19,7 @@ The rules, in the order they are asked:
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +28,13 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from .backbone import Backbone, module_path, value_name
+from .backbone import Backbone, depends_on_data, free_dimensions, module_path, value_name
 from .cuts import Cut, ValueGraph, analyse, row_bytes
 
+_AT_INFERENCE = {
+    "batch_norm": "batch norm: only rescales its input at inference",
+    "dropout": "dropout: disabled at inference",
+}
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")
 
 
@@ -108,19 +115,25 @@ def batch_first(node: fx.Node, context: Context) -> str | None:
         return f"dimension 0 is {first}, not the batch: rows cannot be dropped here"
     if value.dtype != torch.float32:
         return f"holds {value.dtype}; heads read float32"
+    if any(depends_on_data(size) for size in value.shape):
+        return "its size depends on the data"
     if not 2 <= value.dim() <= 4:
         return f"rank {value.dim()}: heads read [B, D], [B, T, D] or [B, C, H, W]"
+    features = 1 if value.dim() == 4 else value.dim() - 1
+    if not isinstance(value.shape[features], int):
+        return f"dimension {features} varies: heads read a fixed number of features there"
     return None
 
 
 def changes_at_inference(node: fx.Node, context: Context) -> str | None:
-    origin = node.args[0] if node.target.__class__.__name__ == "builtin_function_or_method" else node
-    name = str(getattr(origin, "target", ""))
-    if "batch_norm" in name:
-        return "batch norm: only rescales its input at inference"
-    if "dropout" in name:
-        return "dropout: disabled at inference"
-    return None
+    origin = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(origin, fx.Node)
+    why = next((why for name, why in _AT_INFERENCE.items() if name in str(origin.target)), None)
+    if why is None:
+        return None
+    before = origin.args[0]
+    ends = isinstance(before, fx.Node) and leaves_component(before, context) and not leaves_component(node, context)
+    return None if ends else why
 
 
 def leaves_component(node: fx.Node, context: Context) -> str | None:
@@ -190,7 +203,9 @@ def find_candidates(
 def _candidate(node: fx.Node, context: Context, total: float) -> Candidate:
     cut = context.cuts.get(node) or context.values.cut(node)
     before = context.values.flops_until(node)
-    shape = ("batch", *(int(s) if isinstance(s, int) else str(s) for s in node.meta["val"].shape[1:]))
+    words = free_dimensions(context.values.backbone)
+    sizes = node.meta["val"].shape[1:]
+    shape = ("batch", *(int(s) if isinstance(s, int) else words.get(str(s), str(s)) for s in sizes))
     sides = tuple(value_name(n) for n in cut.side_inputs)
     return Candidate(node.name, module_path(node), shape, sides, cut.side_bytes, before, total - before)
 
@@ -219,33 +234,64 @@ def _stack(node: fx.Node) -> list[str]:
 def first_level_components(values: ValueGraph) -> set[str]:
     """Paths of the modules whose outputs count as component boundaries.
 
-    Starting from the model's children, a container, a module with more than half of the compute, and a
-    module almost all of whose compute lies in several children of one class are looked into, and their
-    children count as well.
+    Starting from the model's children these are looked into, and their children count as well: a container, a
+    module with more than half of the model's compute, a module almost all of whose compute lies in several children
+    of one class, and a module half of whose compute lies in a container of several blocks of one class, a block
+    being a module of modules of modules.
     """
-    compute: dict[str, float] = defaultdict(float)
-    kinds: dict[str, str] = {}
-    children: dict[str, dict[str, None]] = defaultdict(dict)
-    for node in values.backbone.graph.nodes:
-        above = ""
-        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-            if not path:
-                continue
-            kinds[path] = kind if isinstance(kind, str) else kind.__name__
-            compute[path] += values.flops.get(node.name, 0.0)
-            children[above][path] = None
-            above = path
-    total = values.total_flops()
+    tree = _ModuleTree(values)
     components: set[str] = set()
-    todo = list(children[""])
+    todo = list(tree.children[""])
     while todo:
         path = todo.pop()
         components.add(path)
-        below = [c for c in children[path] if children[c] or kinds[path].endswith(_CONTAINERS)]
-        repeated = max(Counter(kinds[c] for c in below).values(), default=0) > 1
-        inside = sum(compute[c] for c in below)
-        chain = repeated and inside >= 0.9 * compute[path]
-        wrapper = bool(below) and total > 0 and compute[path] > total / 2
-        if kinds[path].endswith(_CONTAINERS) or chain or wrapper:
-            todo += list(children[path])
+        if tree.is_container(path) or tree.is_chain(path) or tree.is_wrapper(path) or tree.is_stage(path):
+            todo += list(tree.children[path])
     return components
+
+
+class _ModuleTree:
+    """The modules that the backbone's nodes come from: class, compute and children of each, by path."""
+
+    def __init__(self, values: ValueGraph) -> None:
+        self.compute: dict[str, float] = defaultdict(float)
+        self.kinds: dict[str, str] = {}
+        self.children: dict[str, dict[str, None]] = defaultdict(dict)
+        self.total = values.total_flops()
+        for node in values.backbone.graph.nodes:
+            above = ""
+            for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+                if not path:
+                    continue
+                self.kinds[path] = kind if isinstance(kind, str) else kind.__name__
+                self.compute[path] += values.flops.get(node.name, 0.0)
+                self.children[above][path] = None
+                above = path
+
+    def is_container(self, path: str) -> bool:
+        return self.kinds[path].endswith(_CONTAINERS)
+
+    def is_chain(self, path: str) -> bool:
+        below = self._below(path)
+        return self._repeated(below) and sum(self.compute[c] for c in below) >= 0.9 * self.compute[path]
+
+    def is_wrapper(self, path: str) -> bool:
+        return bool(self._below(path)) and self.total > 0 and self.compute[path] > self.total / 2
+
+    def is_stage(self, path: str) -> bool:
+        for child in self.children[path]:
+            blocks = [c for c in self.children[child] if self._depth(c) >= 2]
+            if self.is_container(child) and self._repeated(blocks) and self.compute[child] >= self.compute[path] / 2:
+                return True
+        return False
+
+    def _below(self, path: str) -> list[str]:
+        """Children that hold modules, or would."""
+        return [c for c in self.children[path] if self.children[c] or self.is_container(c)]
+
+    def _repeated(self, paths: Sequence[str]) -> bool:
+        return max(Counter(self.kinds[p] for p in paths).values(), default=0) > 1
+
+    def _depth(self, path: str) -> int:
+        """How many levels of modules lie below; `defaultdict` must not grow here."""
+        return max((1 + self._depth(c) for c in self.children.get(path, ())), default=0)

@@ -2,7 +2,7 @@
 
 Counted by torch's `FlopCounterMode` (a multiply and an add are two) on the meta device: on CPU the counter
 gives 0 for fused attention. Operations without a formula there (activations, norms, pooling) count 0, as in
-the papers.
+the papers; so do those that the meta device cannot run, because the size of their result depends on the data.
 """
 
 from __future__ import annotations
@@ -11,22 +11,27 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from .backbone import captured_size
+from .backbone import captured_size, depends_on_data
 
 _BATCH = 2
 
 
 class _NodeCounter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
+    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode, batch_symbol: str) -> None:
         super().__init__(module, garbage_collect_values=True)
         self.counter = counter
+        self.batch_symbol = batch_symbol
         self.flops: dict[str, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
-        value = super().run_node(n)
+        try:
+            value = super().run_node(n)
+        except NotImplementedError:
+            value = pytree.tree_map(lambda v: meta_like(v, self.batch_symbol), n.meta["val"])
         self.flops[n.name] = (self.counter.get_total_flops() - before) / _BATCH
         return value
 
@@ -41,8 +46,11 @@ class _NodeCounter(fx.Interpreter):
 
 
 def meta_like(value: torch.Tensor, batch_symbol: str, batch: int = _BATCH) -> torch.Tensor:
-    """A meta tensor shaped like a fake value: the batch symbol becomes `batch`, others their example size."""
-    shape = [batch if str(size) == batch_symbol else captured_size(size) for size in value.shape]
+    """A meta tensor shaped like a fake value: the batch symbol becomes `batch`, others their captured size.
+
+    A size that depends on the data has none; it counts as one per row.
+    """
+    shape = [batch if str(s) == batch_symbol or depends_on_data(s) else captured_size(s) for s in value.shape]
     return torch.empty(shape, dtype=value.dtype, device="meta")
 
 
@@ -50,7 +58,7 @@ def node_flops(module: fx.GraphModule, batch_symbol: str) -> dict[str, float]:
     """FLOPs per row of every node, by node name, at the sizes the model was captured with."""
     inputs = [meta_like(node.meta["val"], batch_symbol) for node in module.graph.nodes if node.op == "placeholder"]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        interpreter = _NodeCounter(module, counter)
+        interpreter = _NodeCounter(module, counter, batch_symbol)
         interpreter.run(*inputs)
     return interpreter.flops
 

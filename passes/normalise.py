@@ -1,9 +1,11 @@
 """Passes that bring a captured graph into the form the analyses read.
 
 1. `RemoveAssertions` drops run-time checks: they hold no value, and across a cut they would ask for one.
-2. `RemoveIdentities` drops nodes that return their input at inference (dropout, detach, alias, clone).
+2. `RemoveIdentities` drops nodes that return their input at inference (dropout, detach, alias, clone, a slice of
+   everything).
 3. `ReshapeViews` turns `view` into `reshape`: tracing wrote down views because of the strides it saw, but another
-   kernel of the same operator (attention for no rows, or on another device) may lay its result out otherwise.
+   kernel of the same operator (attention for no rows, or on another device) may lay its result out otherwise, and a
+   `clone` that made them right may be gone by rule 2.
 
 All are safe on a functional graph: no node writes to its input, so two names for one value are one value, and
 whether a reshape copies shows nowhere.
@@ -12,6 +14,7 @@ whether a reshape copies shows nowhere.
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +37,7 @@ IDENTITIES: frozenset[Any] = frozenset(
         aten.lift_fresh_copy.default,
     }
 )
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 _TRAIN_ARGUMENT: dict[Any, int] = {
     aten.dropout.default: 2,
     aten.feature_dropout.default: 2,
@@ -49,10 +53,18 @@ def is_assertion(node: fx.Node) -> bool:
 
 def is_identity(node: fx.Node) -> bool:
     """A node whose value at inference is its first argument."""
-    if node.op != "call_function" or node.target not in IDENTITIES:
+    if node.op != "call_function":
+        return False
+    if node.target is aten.slice.Tensor:
+        return _takes_all(*node.args[2:], **{k: v for k, v in node.kwargs.items() if k in ("start", "end", "step")})
+    if node.target not in IDENTITIES:
         return False
     position = _TRAIN_ARGUMENT.get(node.target)
     return position is None or len(node.args) <= position or not node.args[position]
+
+
+def _takes_all(start: Any = None, end: Any = None, step: Any = 1) -> bool:
+    return start in (None, 0) and end in (None, sys.maxsize) and step == 1
 
 
 class RemoveAssertions(Pass[Backbone, Backbone]):
@@ -84,6 +96,7 @@ class ReshapeViews(Pass[Backbone, Backbone]):
         result = replace(subject, graph_module=copy_graph_module(subject.graph_module))
         for node in _views(result):
             node.target = aten.reshape.default
+            node.args = (node.args[0], _sizes_written_out(node))
         result.graph.lint()
         result.graph_module.recompile()
         return PassResult(result, modified=True)
@@ -103,7 +116,15 @@ def normalise(backbone: Backbone) -> Backbone:
 
 
 def _views(backbone: Backbone) -> list[fx.Node]:
-    return list(backbone.graph.find_nodes(op="call_function", target=aten.view.default))
+    return [node for target in VIEWS for node in backbone.graph.find_nodes(op="call_function", target=target)]
+
+
+def _sizes_written_out(node: fx.Node) -> Any:
+    """The sizes a view is given, none left to be inferred: when there are no rows that one could be anything."""
+    sizes = node.args[1]
+    assert isinstance(sizes, list | tuple)
+    known = node.meta["val"].shape
+    return [k if s == -1 and isinstance(k, int) else s for s, k in zip(sizes, known, strict=True)]
 
 
 def _without(backbone: Backbone, drop: Any) -> PassResult[Backbone]:

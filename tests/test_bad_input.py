@@ -59,7 +59,7 @@ dependent = lambda: Ends(lambda s: s - s.mean(0))
 classes = lambda: Ends(lambda s: s.argmax(1))
 tokens = lambda: Ends(lambda s: s[:, None])
 several = lambda: Ends(lambda s: (s, s))
-single = lambda: Ends(lambda s: s[:, :1])
+multilabel = lambda: Ends(torch.sigmoid)
 broken = lambda: 1 / 0
 shapeless = lambda: torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Softmax(1))
 number = 3
@@ -74,8 +74,8 @@ MODELS: dict[str, tuple[type[OfframpError], str]] = {
     "dependent": (BatchDependentError, "rows that do not depend on each other"),
     "classes": (ModelError, "not one score vector per row; wrap it"),
     "tokens": (ModelError, "not one score vector per row; wrap it"),
-    "several": (ModelError, "returns 2 values; wrap it"),
-    "single": (ModelError, "with 2 classes or more"),
+    "several": (ModelError, "2 of them may be the scores; name one"),
+    "multilabel": (ModelError, "the classes do not exclude each other"),
 }
 
 

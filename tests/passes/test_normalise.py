@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from models import Attention, Chain, captured, rows, sentences
 from torch import fx, nn
 
-from offramp.passes import Backbone, Pass, PassResult, RemoveAssertions, RemoveIdentities, ReshapeViews, normalise
+from offramp.passes import (
+    Backbone,
+    Pass,
+    PassResult,
+    RemoveAssertions,
+    RemoveIdentities,
+    ReshapeViews,
+    node_flops,
+    normalise,
+)
 from offramp.runtime.errors import PassError
 
 aten = torch.ops.aten
 
 
-def with_node(backbone: Backbone, target: object, *more: object) -> Backbone:
+def with_node(backbone: Backbone, target: Any, *more: object) -> Backbone:
     """The backbone with `target(scores, *more)` behind its scores."""
     graph = fx.Graph()
     scores = graph.graph_copy(backbone.graph, {})
-    graph.output(graph.call_function(target, (scores, *more)))
+    made = graph.call_function(target, (scores, *more))
+    made.meta["val"] = target(scores.meta["val"], *more)
+    graph.output(made)
     return replace(backbone, graph_module=fx.GraphModule(backbone.graph_module, graph))
 
 
@@ -40,7 +52,7 @@ def test_identities_are_dropped(target: object, more: tuple[object, ...]) -> Non
 
 
 def test_dropout_in_training_mode_is_no_identity() -> None:
-    result = RemoveIdentities()(with_node(captured(Chain), aten.dropout.default, 0.5, True))
+    result = RemoveIdentities().call(with_node(captured(Chain), aten.dropout.default, 0.5, True))
     assert not result.modified
     assert targets(result.subject)[-1] == aten.dropout.default
 
@@ -58,12 +70,13 @@ def test_assertions_are_dropped() -> None:
     assert torch._assert in targets(checked), "a pass must not change its argument"
 
 
-def test_views_become_reshapes() -> None:
+@pytest.mark.parametrize("view", [aten.view.default, aten._unsafe_view.default])
+def test_views_become_reshapes(view: Any) -> None:
     plain = captured(Chain)
-    result = ReshapeViews()(with_node(plain, aten.view.default, [-1, 2, 2]))
+    result = ReshapeViews()(with_node(plain, view, [-1, 4]))
     assert result.modified
     assert targets(result.subject)[-1] == aten.reshape.default
-    assert result.subject.graph_module(rows(3)).shape == (3, 2, 2)
+    assert torch.equal(result.subject.graph_module(rows(3)), plain.graph_module(rows(3)))
 
 
 def test_attention_answers_batches_its_views_were_not_traced_for() -> None:
@@ -71,6 +84,27 @@ def test_attention_answers_batches_its_views_were_not_traced_for() -> None:
     backbone = captured(Attention, **sentences(8))
     for count in (0, 1, 3):
         assert backbone.graph_module(*sentences(count).values()).shape == (count, 4)
+
+
+class Windows(nn.Module):
+    """As in Swin, rows are cut into windows: what tracing wrote down is a contiguous clone and a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        windows = x.reshape(x.size(0), 2, 2, 2, 2, 4).permute(0, 1, 3, 2, 4, 5).reshape(x.size(0), 4, 4, 4)
+        return self.last(self.mix(windows).mean((1, 2)))
+
+
+def test_views_of_a_clone_that_is_gone() -> None:
+    images = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    backbone = captured(Windows, x=images)
+    assert aten.clone.default not in targets(backbone)
+    assert node_flops(backbone.graph_module, backbone.batch_symbol)
+    torch.manual_seed(0)
+    torch.testing.assert_close(backbone.graph_module(images), Windows()(images))
 
 
 def test_a_normal_graph_is_left_alone() -> None:
