@@ -26,7 +26,8 @@ from .independence import keep_independent
 from .loading import load_model, load_weights
 from .package import ALL_POLICIES, Job, Options, input_specs, pack
 from .record import Recording, calibrate, record
-from .splits import RowSplits, split_rows
+from .signature import Signature
+from .splits import RowSplits, check_splits, split_rows
 from .thresholds import POLICIES, Costs, Records, Selection, equal, geometric, joint, select
 
 __all__ = [
@@ -49,12 +50,14 @@ __all__ = [
     "Records",
     "RowSplits",
     "Selection",
+    "Signature",
     "Training",
     "as_rows",
     "build_head",
     "calibrate",
     "capture",
     "certified",
+    "check_splits",
     "choose_candidates",
     "compare",
     "compile",

@@ -13,21 +13,24 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from offramp.passes import Candidates, find_candidates
+from offramp.passes.backbone import SCORES
 from offramp.runtime.commands import Command, positive, write_arrays
 from offramp.runtime.data import open_data
 from offramp.runtime.errors import UsageError
 from offramp.runtime.session import load
 from offramp.runtime.table import human, percent, render
 
+from .arguments import example_inputs
 from .augment import AUGMENTATIONS
 from .capture import bind, capture
 from .compile import compile
 from .demo import train_digits
 from .distill import Training, tensors
-from .emit import TARGETS
+from .emit import ALL_TARGETS, TARGETS
 from .independence import keep_independent
 from .loading import guess_shape, load_model
 from .package import ALL_POLICIES, Options
+from .signature import Signature, parse_dynamic
 
 _MODEL_HELP = "package.module:callable, or a .pt2 saved by torch.export.save"
 _DATA_HELP = "a .npy, an .npz, a folder of images (with --preprocess) or package.module:callable yielding batches"
@@ -48,6 +51,21 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--weights", type=Path, metavar="FILE", help="state dict: .safetensors, or a .pt of tensors only"
     )
 
+    parser.add_argument(
+        "--output-field", metavar="NAME",
+        help="which output holds the scores, by name or position (default: found)",
+    )  # fmt: skip
+    parser.add_argument("--scores", choices=list(SCORES), help="what kind of scores they are (default: found)")
+    parser.add_argument(
+        "--dynamic", action="append", default=[], metavar="INPUT:DIM=WORD",
+        help="a dimension that varies from batch to batch, such as input_ids:1=sequence; may be repeated, the same "
+        "word means the same size; INPUT: alone keeps it fixed (default: the length of token ids, if the model allows)",
+    )  # fmt: skip
+
+
+def _signature(args: argparse.Namespace) -> Signature:
+    return Signature(parse_dynamic(args.dynamic), args.output_field, args.scores)
+
 
 def _configure_candidates(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -67,9 +85,12 @@ def _configure_candidates(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_candidates(args: argparse.Namespace) -> int:
+    said = _signature(args)
     model = load_model(args.model, args.weights)
     example = _example(model, args)
-    backbone = capture(model, example, name=_title(args.model))
+    backbone = capture(
+        model, example, name=_title(args.model), dynamic=said.dynamic, output=said.output, scores=said.scores, say=_log
+    )
     found = keep_independent(backbone, find_candidates(backbone), bind(backbone.inputs, example, backbone.name))
     _say(_candidates_table(found))
     if args.all:
@@ -92,9 +113,7 @@ def _example(model: nn.Module | ExportedProgram, args: argparse.Namespace) -> Ma
             raise UsageError(f"--shape {args.shape!r} is not a list of sizes such as 3,224,224")
         return _random_rows(tuple(map(int, sizes)))
     if isinstance(model, ExportedProgram) and model.example_inputs is not None:
-        positional, keywords = model.example_inputs
-        given = dict(zip(model.graph_signature.user_inputs, (*positional, *keywords.values()), strict=False))
-        return {str(name): value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        return example_inputs(model)
     guessed = guess_shape(model) if isinstance(model, nn.Module) else None
     if guessed is None:
         raise UsageError("the model's input shape is not known; give --data D, or --shape such as 3,224,224")
@@ -151,8 +170,8 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         action="append",
-        choices=list(TARGETS),
-        help="form to emit; may be repeated (default: both)",
+        choices=list(ALL_TARGETS),
+        help=f"form to emit; may be repeated (default: {' and '.join(TARGETS)})",
     )
     parser.add_argument(
         "--epochs",
@@ -173,6 +192,9 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
         "--work", type=Path, metavar="DIR",
         help="keep trained heads there for the next compile, under another tolerance say (default: not kept)",
     )  # fmt: skip
+    parser.add_argument(
+        "--verify", action="store_true", help="check the graph by the verifier's rules after every pass"
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="to measure with (default: all cores)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
 
@@ -189,6 +211,8 @@ def _run_compile(args: argparse.Namespace) -> int:
         training=Training(epochs=args.epochs, augment=args.augment),
         max_candidates=args.max_candidates,
         threads=args.threads,
+        verify=args.verify,
+        signature=_signature(args),
         preprocessing=args.preprocess,
     )
     manifest = compile(model, rows, args.output, options=options, name=_title(args.model), work=args.work, say=_log)

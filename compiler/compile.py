@@ -19,9 +19,12 @@ from offramp.passes import (
     Candidates,
     ExitPlan,
     PlannedExit,
+    Trace,
     build_program,
     find_candidates,
+    observed,
     row_shape,
+    verified,
 )
 from offramp.runtime.artifact import check_output, write_artifact
 from offramp.runtime.data import ArrayRows, Rows, fit_rows
@@ -31,12 +34,12 @@ from offramp.runtime.manifest import Certificate, Manifest
 from .capture import bind, capture
 from .certify import certified, check_rows
 from .distill import Head, default_heads, distil, tensors
-from .emit import backbone_model
+from .emit import plain_model
 from .heads import head_flops
 from .independence import keep_independent
 from .package import CERTIFIED, METRIC, Job, Options, input_specs, pack
 from .record import Recording, calibrate, record
-from .splits import split_rows
+from .splits import RowSplits, check_splits, split_rows
 from .thresholds import Costs, Records, Selection, select
 
 _EXAMPLE_ROWS = 8
@@ -51,6 +54,7 @@ def compile(
     *,
     labels: np.ndarray | None = None,
     options: Options | None = None,
+    splits: RowSplits | None = None,
     name: str | None = None,
     work: Path | None = None,
     say: Say = lambda line: None,
@@ -58,23 +62,32 @@ def compile(
     """Trained classifier + unlabelled inputs -> artifact at `out`; returns its manifest.
 
     `data` holds preprocessed rows (an array for a single input, arrays by input name, or any `Rows`); `labels`
-    `[rows]` are used in the report only. Heads in training are kept in `<out>.work` until the artifact stands,
-    so that an interrupted call goes on where it was; with `work` they are kept there and stay, so that the next
-    call under another tolerance or policy need not train them again. `say` receives one line per step.
+    `[rows]` are used in the report only. `splits` says which rows may touch what, for those who know better than
+    the shuffle by `options.seed`: to certify on rows of another day, say. Heads in training are kept in `<out>.work`
+    until the artifact stands, so that an interrupted call goes on where it was; with `work` they are kept there and
+    stay, so that the next call under another tolerance or policy need not train them again. `say` receives one line
+    per step.
 
     Raises `ModelError`, `NoCandidateError`, `InputError`, `UsageError` or `StorageError`; then `out` is as it was.
     """
     out, options = Path(out), options or Options()
     check_output(out)
     rows = as_rows(data, labels)
-    splits = split_rows(len(rows), options.seed)
+    splits = split_rows(len(rows), options.seed) if splits is None else splits
+    check_splits(splits, len(rows))
     say("capturing the model's graph")
     example = tensors(rows, np.arange(min(_EXAMPLE_ROWS, len(rows))))
-    backbone = capture(model, example, name=name)
+    trace = Trace()
+    observers = (trace, verified) if options.verify else (trace,)
+    with observed(*observers):
+        said = options.signature
+        backbone = capture(
+            model, example, name=name, dynamic=said.dynamic, output=said.output, scores=said.scores, say=say
+        )
     rows = fit_rows(rows, input_specs(backbone))
     found = find_candidates(backbone, limits=options.limits)
     found = keep_independent(backbone, found, bind(backbone.inputs, example, backbone.name))
-    plain = backbone_model(backbone)  # an operator without an ONNX form is better found now than after training
+    plain = plain_model(backbone, options.targets)  # an operator no target can express is better found before training
     candidates = choose_candidates(backbone, found, options.max_candidates)
     say(f"{backbone.name}: {len(found.kept)} candidates, {len(found.refused)} places refused; {len(candidates)} taken")
 
@@ -95,12 +108,14 @@ def compile(
     seen = f"{selection.disagreement:.2%} disagreement on the {len(splits.select)} rows they were chosen on"
     say(f"{len(selection.chosen)} exits chosen by {options.policy}: {seen}")
 
-    program = build_program(
-        backbone, exit_plan(selection, heads, temperatures), {h.candidate.name: h.module for h in heads}
-    )
+    with observed(*observers):
+        program = build_program(
+            backbone, exit_plan(selection, heads, temperatures), {h.candidate.name: h.module for h in heads}
+        )
     job = Job(
-        rows, splits, heads, temperatures, recorded, costs(backbone, heads), selection, certificate, plain, options
-    )
+        rows, splits, heads, temperatures, recorded, costs(backbone, heads), selection, certificate, plain, options,
+        trace,
+    )  # fmt: skip
     manifest, files = pack(program, job)
     write_artifact(out, manifest, files)
     if work is None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from offramp.runtime.artifact import Artifact
 from offramp.runtime.data import Rows
-from offramp.runtime.engine import EngineSession
+from offramp.runtime.engine import EngineSession, ModelBytes
 from offramp.runtime.execution import Executor, Segments, SingleFile
 from offramp.runtime.manifest import Timing
 from offramp.runtime.session import Session
@@ -42,12 +42,12 @@ def usable_cores() -> int:
 class Bench:
     """Backbone and artifact side by side on this machine's CPU."""
 
-    def __init__(self, artifact: Artifact, backbone: bytes, threads: int) -> None:
+    def __init__(self, artifact: Artifact, backbone: ModelBytes, threads: int) -> None:
         self.threads = threads
         self.backbone = EngineSession(backbone, "backbone", _PROVIDERS, threads, strict=True)
         manifest = artifact.manifest
         self.stages = [
-            EngineSession(artifact.read(s.file), s.file, _PROVIDERS, threads, strict=True) for s in manifest.stages
+            EngineSession(artifact.model(s.file), s.file, _PROVIDERS, threads, strict=True) for s in manifest.stages
         ]
         self.specs = manifest.stages
         self.thresholds = np.array(manifest.thresholds(), np.float32)
@@ -55,7 +55,7 @@ class Bench:
         if self.stages:
             executor = Segments(manifest, self.stages)
         else:
-            whole = EngineSession(artifact.read("model.onnx"), "model.onnx", _PROVIDERS, threads, strict=True)
+            whole = EngineSession(artifact.model("model.onnx"), "model.onnx", _PROVIDERS, threads, strict=True)
             executor = SingleFile(manifest, whole)
         self.session = Session(artifact, executor)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from offramp.passes import Backbone, ExitProgram, Limits
+from offramp.passes import Backbone, ExitProgram, Limits, Trace
 from offramp.runtime.artifact import Artifact, file_spec, open_artifact, write_artifact
 from offramp.runtime.data import Rows
+from offramp.runtime.engine import ModelBytes
 from offramp.runtime.errors import UsageError
 from offramp.runtime.manifest import (
     FORMAT_VERSION,
@@ -28,18 +29,21 @@ from offramp.runtime.manifest import (
     Measured,
     Plan,
     Splits,
-    StageSpec,
     TensorSpec,
     Timing,
 )
 from offramp.runtime.session import load
+from offramp.runtime.trace import PASSES_FILE, dump_passes
 
 from . import measure
 from .distill import Head, Training
-from .emit import TARGETS, check_targets, emit
+from .emit import SCRIPT, TARGETS, check_targets, emit
+from .emit.metadata import known_before
+from .emit.torchscript import ScriptSession
 from .equivalence import compare, require
 from .evaluate import evaluate, head_costs, run_program
 from .report import render_report
+from .signature import Signature
 from .splits import RowSplits
 from .thresholds import POLICIES, Costs, Records, Selection
 
@@ -64,6 +68,8 @@ class Options:
     threads: int | None = None  # to measure with; None: the cores this process may use
     rounds: int = measure.ROUNDS
     batches: tuple[int, ...] = measure.BATCHES  # to measure at; empty: measure nothing
+    verify: bool = False  # hold the graph to the verifier's rules after every pass
+    signature: Signature = field(default_factory=Signature)  # what is said of the model's inputs and outputs
     preprocessing: str | None = None  # how a folder of images became rows; recorded, so that `run` repeats it
 
     def __post_init__(self) -> None:
@@ -92,8 +98,9 @@ class Job:
     costs: Costs  # FLOPs
     selection: Selection
     certificate: Certificate | None
-    plain: bytes  # the backbone alone as ONNX, to measure against
+    plain: ModelBytes | None  # the backbone alone as ONNX, to measure against; None: measure nothing
     options: Options
+    trace: Trace = field(default_factory=Trace)  # the graph after every pass
 
 
 def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
@@ -101,9 +108,12 @@ def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
 
     Raises `ModelError` when an operator has no ONNX form or an emitted form answers otherwise than the eager run.
     """
-    stages, files = emit(program, job.options.targets)
+    known = _describe(program, job)
+    stages, files = emit(program, job.options.targets, manifest=known_before(known))
     files["records.npz"] = _records_file(job)
-    draft = _describe(program, job, stages, files)
+    if job.trace.records:
+        files[PASSES_FILE] = dump_passes(job.trace.records)
+    draft = replace(known, stages=stages, files={name: file_spec(data) for name, data in files.items()})
     with tempfile.TemporaryDirectory(prefix="offramp-") as folder:
         write_artifact(Path(folder) / "draft", draft, files)
         artifact = open_artifact(Path(folder) / "draft")
@@ -137,8 +147,8 @@ def _records_file(job: Job) -> bytes:
     return buffer.getvalue()
 
 
-def _describe(program: ExitProgram, job: Job, stages: Sequence[StageSpec], files: Mapping[str, bytes]) -> Manifest:
-    """The manifest, but for what is measured."""
+def _describe(program: ExitProgram, job: Job) -> Manifest:
+    """The manifest, but for what is emitted and measured."""
     backbone, selection, splits = program.backbone, job.selection, job.splits
     labels = job.rows.labels[splits.test] if job.rows.labels is not None else None
     thresholds = tuple(None if math.isinf(t) and t > 0 else t for t in selection.thresholds)
@@ -150,14 +160,14 @@ def _describe(program: ExitProgram, job: Job, stages: Sequence[StageSpec], files
         inputs=input_specs(backbone),
         classes=backbone.classes,
         confidence=program.plan.metric,
-        stages=tuple(stages),
+        stages=(),
         exits=_exit_specs(program, [job.heads[index] for index in selection.chosen]),
         plans=(Plan(selection.tolerance, selection.policy, thresholds, job.certificate),),
         default_plan=0,
         splits=Splits(splits.seed, **parts),
         preprocessing=job.options.preprocessing,
         evaluation=evaluate(program, run_program(program, job.rows, splits.test), labels),
-        files={name: file_spec(data) for name, data in files.items()},
+        files={},
         measured=Measured("", "", {}, (), {}),
     )
 
@@ -191,11 +201,14 @@ def _check(program: ExitProgram, artifact: Artifact, job: Job) -> None:
     if "model.onnx" in manifest.files:
         session = load(artifact.path, providers=["CPUExecutionProvider"], executor="single-file")
         require(compare(program, session, batch), "the single ONNX file")
+    if SCRIPT in manifest.files:
+        script = ScriptSession(artifact.read(SCRIPT), [i.name for i in program.backbone.inputs])
+        require(compare(program, script, batch), "the TorchScript file")
 
 
 def _timings(artifact: Artifact, job: Job) -> tuple[Timing, ...]:
     options = job.options
-    if not options.batches:
+    if not options.batches or job.plain is None:
         return ()
     bench = measure.Bench(artifact, job.plain, options.threads or measure.usable_cores())
     test = job.splits.test

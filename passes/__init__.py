@@ -10,14 +10,15 @@ Knows graphs and nothing of training or files.
 
 from .backbone import Backbone, Input, probabilities, row_shape
 from .candidates import FILTERS, Candidate, Candidates, Filter, Limits, Refusal, find_candidates
-from .contract import Pass, PassResult
+from .contract import Observer, Pass, PassResult, observed
 from .cuts import Cut, ValueGraph, analyse
 from .flops import module_flops, node_flops
 from .normalise import NORMALISATION, RemoveAssertions, RemoveIdentities, ReshapeViews, normalise
 from .plan import METRICS, ExitPlan, PlannedExit
 from .program import ExitProgram, InsertExits, build_program, confidence, exit_if, gather
 from .segments import Segment, split
-from .verify import RULES, violations
+from .trace import Trace, graph_text
+from .verify import RULES, verified, violations
 
 __all__ = [
     "FILTERS",
@@ -34,6 +35,7 @@ __all__ = [
     "Input",
     "InsertExits",
     "Limits",
+    "Observer",
     "Pass",
     "PassResult",
     "PlannedExit",
@@ -42,6 +44,7 @@ __all__ = [
     "RemoveIdentities",
     "ReshapeViews",
     "Segment",
+    "Trace",
     "ValueGraph",
     "analyse",
     "build_program",
@@ -49,11 +52,14 @@ __all__ = [
     "exit_if",
     "find_candidates",
     "gather",
+    "graph_text",
     "module_flops",
     "node_flops",
     "normalise",
+    "observed",
     "probabilities",
     "row_shape",
     "split",
+    "verified",
     "violations",
 ]

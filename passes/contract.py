@@ -3,13 +3,19 @@
 A pass takes a subject (a `Backbone` or an `ExitProgram`), returns one of the same or a later kind and says
 whether it changed anything. Calling a pass checks both ends, so a pass that breaks its promise is found at
 its own door and not three passes later.
+
+Whoever wants to see passes at work, to write down what each one did or to hold it to the verifier's rules, asks
+for it with `observed`; the passes themselves, and those who run them, know nothing of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from offramp.runtime.errors import PassError
 
@@ -53,4 +59,21 @@ class Pass(ABC, Generic[In, Out]):
             raise PassError(f"{self.name} broke its contract (a bug in the pass): {'; '.join(broken)}")
         if not result.modified and id(result.subject) != id(subject):
             raise PassError(f"{self.name} says it changed nothing but returned another subject (a bug in the pass)")
+        for observer in _observers.get():
+            observer(self, subject, result)
         return result
+
+
+Observer = Callable[[Pass[Any, Any], Any, PassResult[Any]], None]  # (pass, what it was given, what it made)
+
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
+
+
+@contextlib.contextmanager
+def observed(*observers: Observer) -> Iterator[None]:
+    """Within, every pass that has kept its contract is shown to `observers`, after those already there."""
+    token = _observers.set((*_observers.get(), *observers))
+    try:
+        yield
+    finally:
+        _observers.reset(token)

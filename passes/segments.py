@@ -21,7 +21,7 @@ from torch import fx
 
 from offramp.runtime.errors import PassError, PlanError
 
-from .backbone import Backbone, is_size, value_name
+from .backbone import Backbone, captured_size, is_size, value_name
 from .cuts import ValueGraph, analyse, data_arguments
 
 
@@ -34,6 +34,18 @@ class Segment:
     outputs: tuple[str, ...]  # the cut (or the scores), then in segment 0 the side inputs computed there
     carries: tuple[str, ...]  # of all values known after this segment, those that later ones read
     flops: float  # per row
+
+    def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Values of `inputs` `[b, ...]` -> values of `outputs` `[b, ...]`; for no rows nothing is computed."""
+        if values and not len(values[0]):
+            return self._nothing(values[0].device)
+        result: tuple[torch.Tensor, ...] = self.graph_module(*values)
+        return result
+
+    def _nothing(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        (output,) = self.graph_module.graph.find_nodes(op="output")
+        made = [node.meta["val"] for node in output.args[0]]
+        return tuple(torch.empty(0, *map(captured_size, v.shape[1:]), dtype=v.dtype, device=device) for v in made)
 
 
 def split(backbone: Backbone, cuts: Sequence[str]) -> tuple[Segment, ...]:

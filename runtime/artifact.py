@@ -14,6 +14,7 @@ that holds a file no artifact put there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -27,9 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from .engine import ModelBytes
 from .errors import ArtifactError, StorageError, UsageError
 from .manifest import MANIFEST_NAME, FileSpec, Manifest, dump_manifest, parse_manifest
 
+EXTERNAL = ".data"  # behind a model's name: the file of weights too large for the model's own
 _MANIFEST_LIMIT = 64 << 20  # a manifest is kilobytes; this bounds what a hostile archive makes us hold
 _CHUNK = 1 << 20
 _ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
@@ -44,11 +47,22 @@ class Artifact:
 
     def read(self, name: str) -> bytes:
         """The bytes of one listed file, checked against the manifest in this very reading."""
+        return b"".join(self.chunks(name))
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The same in pieces. Exhaust it before using any: the verdict comes after the last one."""
         spec = self.manifest.all_files().get(name)
         if spec is None:
             raise ArtifactError(f"{self.path}: the manifest lists no file {name!r}; use one of its files")
         with _container(self.path) as container:
-            return b"".join(_checked(container, name, spec, self.path))
+            yield from _checked(container, name, spec, self.path)
+
+    def model(self, name: str) -> ModelBytes:
+        """One ONNX file, and the weights beside it where it has any, checked like every reading."""
+        beside = name + EXTERNAL
+        here = beside in self.manifest.all_files()
+        weights = {beside.rpartition("/")[2]: functools.partial(self.chunks, beside)} if here else {}
+        return ModelBytes(self.read(name), weights)
 
 
 def file_spec(data: bytes) -> FileSpec:

@@ -23,6 +23,7 @@ from .errors import StorageError, UsageError
 from .manifest import dump_manifest
 from .session import Session, load
 from .table import human, percent, render
+from .trace import read_passes, summary, write_passes
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,18 @@ def _configure_inspect(parser: argparse.ArgumentParser) -> None:
     parser.description = "Check an artifact to its last byte and show what it is and what it saved."
     parser.add_argument("artifact", metavar="ARTIFACT", help="directory or zip that compile wrote")
     parser.add_argument("--json", action="store_true", help="print the manifest instead, for other programs")
+    parser.add_argument(
+        "--passes", type=Path, metavar="DIR", help="write the graph after each of the compiler's passes to a new folder"
+    )
 
 
 def _inspect(args: argparse.Namespace) -> int:
     artifact = open_artifact(args.artifact)
+    if args.passes is not None:
+        records = read_passes(artifact)
+        write_passes(records, args.passes)
+        _say(f"{summary(records)}\n\ngraphs and their differences in {args.passes}")
+        return 0
     if args.json:
         _say(dump_manifest(artifact.manifest).decode().rstrip("\n"))
         return 0

@@ -16,11 +16,15 @@ Refused: no onnxruntime, a provider that is not there or could not start, bytes 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, InputError, ProviderError, UsageError
+from .errors import ArtifactError, InputError, ProviderError, StorageError, UsageError
 
 DEFAULT_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
@@ -49,15 +53,37 @@ def choose_providers(asked: Sequence[str] | None) -> list[str]:
     return names
 
 
+Chunks = Callable[[], Iterator[bytes]]  # a file's bytes, piece by piece, from the start at every call
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """An ONNX model, and the files its weights lie in where they are too large for the model's own."""
+
+    proto: bytes
+    external: Mapping[str, Chunks] = field(default_factory=dict)  # by the name under which the model knows them
+
+
 class EngineSession:
     """One ONNX model in ONNX Runtime."""
 
-    def __init__(self, model: bytes, name: str, providers: list[str], threads: int | None, strict: bool) -> None:
+    def __init__(
+        self, model: bytes | ModelBytes, name: str, providers: list[str], threads: int | None, strict: bool
+    ) -> None:
         """`name` is what errors call the model; `strict` refuses to go on without every provider listed."""
         ort = find_onnxruntime()
+        given = ModelBytes(model) if isinstance(model, bytes) else model
         try:
             options = _options(ort, threads)
-            self._session = ort.InferenceSession(model, options, providers=providers)
+            with _external(options, given.external):
+                self._session = ort.InferenceSession(given.proto, options, providers=providers)
+        except ArtifactError:
+            raise
+        except OSError as error:
+            raise StorageError(
+                f"{name}: its weights cannot be unpacked ({error.strerror or error}); "
+                "set TMPDIR to a folder with room for them"
+            ) from error
         except Exception as error:  # ONNX Runtime's errors share no other root
             raise ArtifactError(
                 f"{name}: refused by onnxruntime {ort.__version__} ({_reason(error)}); "
@@ -103,6 +129,24 @@ def _options(ort: Any, threads: int | None) -> Any:
     options.log_severity_level = 3  # errors; warnings about the graph are the compiler's business
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
+
+
+@contextlib.contextmanager
+def _external(options: Any, files: Mapping[str, Chunks]) -> Iterator[None]:
+    """The weights in a folder of our own while the session is made, so that the bytes that were checked are what runs.
+
+    ONNX Runtime maps them, and on Linux a mapping outlives its file. Not from memory: ONNX Runtime 1.31 takes weights
+    from memory for the outer graph alone, and reads those inside a second `If` from the disk without a word.
+    """
+    if not files:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="offramp-", ignore_cleanup_errors=True) as folder:
+        for name, chunks in files.items():
+            with (Path(folder) / name).open("wb") as file:
+                file.writelines(chunks())
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        yield
 
 
 def _reason(error: Exception) -> str:

@@ -308,8 +308,8 @@ def _check(manifest: Manifest, where: str) -> None:
             raise ArtifactError(f"{where}: file {name!r} is listed twice; compile the model again")
     _check_inputs(manifest, where)
     exits = len(manifest.exits)
-    if not manifest.stages and "model.onnx" not in manifest.files:
-        raise ArtifactError(f"{where}: holds neither stages nor model.onnx; compile the model again")
+    if not manifest.stages and not {"model.onnx", "model.ts"} & manifest.files.keys():
+        raise ArtifactError(f"{where}: holds neither stages nor model.onnx nor model.ts; compile the model again")
     if manifest.stages and len(manifest.stages) != exits:
         raise ArtifactError(f"{where}: {len(manifest.stages)} stages but {exits} exits; compile the model again")
     for stage in manifest.stages:

@@ -69,12 +69,17 @@ def load(
     chosen = choose_providers(providers)
     artifact = open_artifact(path)
     manifest = artifact.manifest
+    if not manifest.stages and SINGLE_FILE not in manifest.files:
+        raise UsageError(
+            f"{path}: holds TorchScript only, which torch and libtorch run and this runtime does not; "
+            "compile with target onnx-segments or onnx too"
+        )
     staged = bool(manifest.stages) if executor is None else executor == "segments"
     files = [stage.file for stage in manifest.stages] if staged else [SINGLE_FILE]
     if not files or not all(name in manifest.files for name in files):
         raise UsageError(f"{path}: holds no {executor} form; leave executor out or compile with that target")
     sessions = [
-        EngineSession(artifact.read(name), f"{path}/{name}", chosen, threads, strict=providers is not None)
+        EngineSession(artifact.model(name), f"{path}/{name}", chosen, threads, strict=providers is not None)
         for name in files
     ]
     return Session(artifact, Segments(manifest, sessions) if staged else SingleFile(manifest, sessions[0]))

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from models import QUICK, Compiled
 
 from offramp.compiler import compile
 from offramp.compiler.demo import Digits, train_digits
+from offramp.passes import observed, verified
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _verify_after_every_pass() -> Iterator[None]:
+    """As `--verify` does, in every test."""
+    with observed(verified):
+        yield
 
 
 @pytest.fixture(scope="session")

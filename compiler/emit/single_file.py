@@ -8,11 +8,15 @@
 The model's own inputs, outputs `probabilities [batch, K]` and `exit [batch]`, and `thresholds [exits]`, an
 input with a default that a caller may override. A branch's weights are initializers of the branch itself: in
 the outer scope ONNX Runtime loses the blocked convolution layout (+22-29 % time measured on CPU).
+
+Nodes, values and weights keep the names they have in the stages; one that an earlier stage has taken, and all that
+moves rows about, is called `stage_<i>/...`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -21,6 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 from offramp.passes import ExitProgram
 from offramp.runtime.manifest import StageSpec
 
+from .external import ExternalData
 from .stages import ANSWER
 from .translate import OPSET
 
@@ -28,10 +33,16 @@ _FLOAT, _INT = TensorProto.FLOAT, TensorProto.INT64
 
 
 def single_file_model(
-    program: ExitProgram, specs: Sequence[StageSpec], models: Sequence[onnx.ModelProto]
+    program: ExitProgram,
+    specs: Sequence[StageSpec],
+    models: Sequence[onnx.ModelProto],
+    external: ExternalData | None = None,
 ) -> onnx.ModelProto:
-    """The stages' models nested into one; `specs` and `models` as the stage emitter gives them."""
-    builder = _Builder(specs, models, program.backbone.classes)
+    """The stages' models nested into one; `specs` and `models` as the stage emitter gives them.
+
+    With `external` the weights go there, and the model only points to them.
+    """
+    builder = _Builder(specs, models, program.backbone.classes, external)
     graph = builder.graph([i.name for i in program.backbone.inputs])
     inputs = _model_inputs(program)
     thresholds = np.array(program.plan.thresholds, dtype=np.float32)
@@ -53,14 +64,24 @@ def _model_inputs(program: ExitProgram) -> list[onnx.ValueInfoProto]:
 
 
 class _Builder:
-    """Nests stage models into graphs; every name of stage i gets the prefix `stage_i/`."""
+    """Nests stage models into graphs, outermost first, and keeps account of the names that are taken."""
 
-    def __init__(self, specs: Sequence[StageSpec], models: Sequence[onnx.ModelProto], classes: int) -> None:
+    def __init__(
+        self,
+        specs: Sequence[StageSpec],
+        models: Sequence[onnx.ModelProto],
+        classes: int,
+        external: ExternalData | None,
+    ) -> None:
         self.specs = specs
         self.models = models
         self.classes = classes
+        self.external = external
+        self.values = {"probabilities", "exit", "thresholds"}
+        self.nodes = {"probabilities", "exit"}
 
     def graph(self, model_inputs: Sequence[str]) -> onnx.GraphProto:
+        self.values.update(model_inputs)
         nodes, weights, answers = self._from_stage(0, {name: name for name in model_inputs})
         for made, name in zip(answers, ("probabilities", "exit"), strict=True):
             nodes.append(helper.make_node("Identity", [made], [name], name=name))
@@ -154,44 +175,63 @@ class _Builder:
     def _inline(
         self, index: int, live: Mapping[str, str]
     ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], dict[str, str]]:
-        """Stage `index`'s nodes and weights under prefixed names, and the name of each of its outputs."""
+        """Stage `index`'s nodes and weights, and the name of each of its outputs."""
         graph = self.models[index].graph
-        names = {i.name: live[i.name] for i in graph.input}
-        weights = [_renamed_tensor(t, names, f"stage_{index}") for t in graph.initializer]
-        nodes = [_renamed_node(n, names, f"stage_{index}") for n in graph.node]
-        return nodes, weights, {o.name: names[o.name] for o in graph.output}
+        scope = _Scope(f"stage_{index}", self.values, self.nodes, {i.name: live[i.name] for i in graph.input})
+        weights = [self._weight(t, scope.value(t.name)) for t in graph.initializer]
+        nodes = [self._node(n, scope) for n in graph.node]
+        return nodes, weights, {o.name: scope.names[o.name] for o in graph.output}
+
+    def _weight(self, tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+        if self.external is not None:
+            return self.external.reference(tensor, name)
+        copy = onnx.TensorProto()
+        copy.CopyFrom(tensor)
+        copy.name = name
+        return copy
+
+    def _node(self, node: onnx.NodeProto, scope: _Scope) -> onnx.NodeProto:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = scope.node(node.name)
+        copy.input[:] = [scope.names[name] if name else "" for name in node.input]
+        copy.output[:] = [scope.value(name) if name else "" for name in node.output]
+        for attribute in copy.attribute:
+            if attribute.HasField("g"):
+                self._body(attribute.g, scope)
+        return copy
+
+    def _body(self, graph: onnx.GraphProto, scope: _Scope) -> None:
+        """In place; the body of a control-flow node sees the names around it."""
+        weights = [self._weight(t, scope.value(t.name)) for t in graph.initializer]
+        for value in graph.input:
+            value.name = scope.value(value.name)
+        nodes = [self._node(n, scope) for n in graph.node]
+        del graph.initializer[:], graph.node[:], graph.value_info[:]
+        graph.initializer.extend(weights)
+        graph.node.extend(nodes)
+        for value in graph.output:
+            value.name = scope.names[value.name]
 
 
-def _renamed_tensor(tensor: onnx.TensorProto, names: dict[str, str], prefix: str) -> onnx.TensorProto:
-    copy = onnx.TensorProto()
-    copy.CopyFrom(tensor)
-    copy.name = names.setdefault(tensor.name, f"{prefix}/{tensor.name}")
-    return copy
+@dataclass
+class _Scope:
+    """Names of one stage's model in the whole. In a stage's model every value has a name of its own."""
 
+    prefix: str
+    values: set[str]  # taken in the whole so far
+    nodes: set[str]
+    names: dict[str, str]  # in the stage -> in the whole
 
-def _renamed_node(node: onnx.NodeProto, names: dict[str, str], prefix: str) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    copy.name = f"{prefix}/{node.name}"
-    for position, name in enumerate(node.input):
-        copy.input[position] = names[name] if name else ""
-    for position, name in enumerate(node.output):
-        copy.output[position] = names.setdefault(name, f"{prefix}/{name}") if name else ""
-    for attribute in copy.attribute:
-        if attribute.HasField("g"):
-            _rename_subgraph(attribute.g, names, prefix)
-    return copy
+    def value(self, name: str) -> str:
+        if name not in self.names:
+            self.names[name] = self._free(name, self.values, always=name in ANSWER)
+        return self.names[name]
 
+    def node(self, name: str) -> str:
+        return self._free(name, self.nodes)
 
-def _rename_subgraph(graph: onnx.GraphProto, outer: Mapping[str, str], prefix: str) -> None:
-    """In place; the body of a control-flow node sees the names around it."""
-    names = dict(outer)
-    weights = [_renamed_tensor(t, names, prefix) for t in graph.initializer]
-    for value in graph.input:
-        value.name = names.setdefault(value.name, f"{prefix}/{value.name}")
-    nodes = [_renamed_node(n, names, prefix) for n in graph.node]
-    del graph.initializer[:], graph.node[:], graph.value_info[:]
-    graph.initializer.extend(weights)
-    graph.node.extend(nodes)
-    for value in graph.output:
-        value.name = names[value.name]
+    def _free(self, name: str, taken: set[str], always: bool = False) -> str:
+        made = f"{self.prefix}/{name}" if always or name in taken else name
+        taken.add(made)
+        return made

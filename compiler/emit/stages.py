@@ -7,16 +7,22 @@ yields the backbone's own answer.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Mapping
+
 import onnx
 import torch
 from torch import fx, nn
 
 from offramp.passes import Backbone, ExitProgram, confidence, probabilities
 from offramp.passes.flops import meta_like
+from offramp.runtime.engine import ModelBytes
 from offramp.runtime.manifest import StageSpec
 
 from ..progress import bar
-from .translate import Example, serialise, to_onnx
+from .external import INLINE_LIMIT, model_files
+from .names import with_places
+from .translate import Example, to_onnx
 
 ANSWER = ("probabilities", "confidence")
 _EXAMPLE_BATCH = 3  # torch.export treats 0 and 1 as constants
@@ -69,16 +75,36 @@ def stage_models(program: ExitProgram) -> tuple[onnx.ModelProto, ...]:
     specs = stage_specs(program)
     for index, spec in bar(enumerate(specs), "emit", len(specs)):
         stage = Stage(program, index)
-        models.append(to_onnx(stage, _examples(program.segments[index].graph_module), (*spec.outputs, *ANSWER)))
+        own = "output" if stage.last else f"exits.{index}"
+        prefixes = {"": own, "head": f"{own}.head"}
+        stage.segment, places = with_places(stage.segment)
+        prefixes |= _below("segment", places)
+        examples = _examples(program.segments[index].graph_module)
+        models.append(to_onnx(stage, examples, (*spec.outputs, *ANSWER), prefixes))
     return tuple(models)
 
 
-def backbone_model(backbone: Backbone) -> bytes:
-    """The plain backbone as ONNX, to measure against.
+def backbone_model(backbone: Backbone, limit: int = INLINE_LIMIT) -> ModelBytes:
+    """The plain backbone as ONNX, to measure against; weights over `limit` bytes in a file beside it.
 
     Raises `ModelError` when it holds an operator ONNX cannot express.
     """
-    return serialise(to_onnx(Plain(backbone), _examples(backbone.graph_module), ("probabilities",)))
+    plain = Plain(backbone)
+    plain.backbone, places = with_places(plain.backbone)
+    prefixes = {"": "output", **_below("backbone", places)}
+    model = to_onnx(plain, _examples(backbone.graph_module), ("probabilities",), prefixes)
+    files = model_files(model, "backbone.onnx", limit)
+    proto = files.pop("backbone.onnx")
+    return ModelBytes(proto, {name: functools.partial(_whole, data) for name, data in files.items()})
+
+
+def _whole(data: bytes) -> Iterator[bytes]:
+    yield data
+
+
+def _below(attribute: str, places: Mapping[str, str]) -> dict[str, str]:
+    """What `with_places` found, for a graph that lies under `attribute`: its weights have the model's own names."""
+    return {attribute: "", **{f"{attribute}.{path}": place for path, place in places.items()}}
 
 
 def _examples(module: fx.GraphModule) -> tuple[Example, ...]:

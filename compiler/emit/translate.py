@@ -1,4 +1,4 @@
-"""From a torch module to a plain ONNX model: torch's own exporter, then names and order made reproducible."""
+"""From a torch module to a plain ONNX model: torch's own exporter, then names a person knows, the same every time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.export import Dim
 
 from offramp.runtime.errors import ModelError
 
+from .names import Places, name_graph
+
 OPSET = 18  # old enough for every ONNX Runtime binding in use, new enough for all that torch emits
 
 
@@ -26,8 +28,12 @@ class Example:
     free: tuple[int, ...]  # further dimensions that may vary
 
 
-def to_onnx(module: nn.Module, inputs: Sequence[Example], outputs: Sequence[str]) -> onnx.ModelProto:
+def to_onnx(
+    module: nn.Module, inputs: Sequence[Example], outputs: Sequence[str], prefixes: Mapping[str, str] | None = None
+) -> onnx.ModelProto:
     """A module and example inputs in its order -> a model with a free dimension 0 named `batch`.
+
+    `prefixes` maps paths in `module` to what nodes and weights below them are called; see `names`.
 
     Raises `ModelError` with torch's reason for an operator the exporter does not know.
     """
@@ -55,8 +61,10 @@ def to_onnx(module: nn.Module, inputs: Sequence[Example], outputs: Sequence[str]
         registration.setLevel(level)
     assert program is not None
     model: onnx.ModelProto = program.model_proto
+    weights = {path: tuple(w.shape) for path, w in module.named_parameters(remove_duplicate=False)}
+    places = Places({"": ""} if prefixes is None else prefixes, weights)
+    name_graph(model.graph, [i.name for i in inputs], outputs, places)
     _clean(model)
-    _name_values(model.graph, [i.name for i in inputs], outputs)
     return model
 
 
@@ -65,13 +73,6 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def serialise(model: onnx.ModelProto) -> bytes:
-    """Check and serialise; the same model gives the same bytes."""
-    onnx.checker.check_model(model, full_check=True)
-    data: bytes = model.SerializeToString(deterministic=True)
-    return data
 
 
 def _clean(model: onnx.ModelProto) -> None:
@@ -99,25 +100,3 @@ def _clean_graph(graph: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 _clean_graph(attribute.g)
-
-
-def _name_values(graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Inputs and outputs get the names asked for; what is computed on the way moves out of theirs."""
-    ends = [*zip(graph.input, inputs, strict=True), *zip(graph.output, outputs, strict=True)]
-    names = {value.name: wanted for value, wanted in ends}
-    for node in graph.node:
-        for name in node.output:
-            if name:
-                names.setdefault(name, f"inner/{name}")
-    _rename(graph, names)
-    for value, wanted in ends:
-        value.name = wanted
-
-
-def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                _rename(attribute.g, names)
