@@ -1,8 +1,8 @@
 """The certificate: a plan whose risk on new rows exceeds the tolerance with probability at most delta.
 
 Exits chosen on a few thousand rows fit those rows: their risk there says too little about new rows. So a path
-of plans, from timid to bold, is fixed on the selection rows, and only then the certification rows, which
-nothing else has seen, are looked at. Plan by plan the hypothesis "its risk exceeds the tolerance" is tested
+of plans, from timid to bold, follows from the selection rows alone, and is walked along with the certification
+rows, which nothing else has seen. Plan by plan the hypothesis "its risk exceeds the tolerance" is tested
 exactly; the path ends at the first plan for which it cannot be rejected at level delta. Testing in a fixed
 order and stopping at the first failure spends delta once, however long the path (fixed-sequence testing; for
 risk control see Angelopoulos et al., "Learn then Test", 2021).
@@ -16,6 +16,7 @@ Refused: a delta outside (0, 1); fewer rows than a plan without any disagreement
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,18 +83,17 @@ def certified(selected: Records, held_out: Records, costs: Costs, tolerance: flo
     return best
 
 
-def plan_path(selected: Records, costs: Costs, tolerance: float) -> list[Selection]:
-    """Plans from timid to bold, each cheaper than the one before.
+def plan_path(selected: Records, costs: Costs, tolerance: float) -> Iterator[Selection]:
+    """Plans from timid to bold, each cheaper than the one before, found when asked for.
 
     Each is the joint plan under the risk its calibrated confidences predict: predicted on rows the temperature
     was not fitted on, it does not reward a threshold for the luck of these rows, as counting disagreements does.
     """
     predicted = replace(selected, predicted=True)
-    path: list[Selection] = []
+    least = math.inf
     for share in bar(PATH, "choose exits", len(PATH)):
         found = joint(predicted, costs, min(1.0, share * tolerance))
         cost = expected_cost(selected, costs, found.chosen, found.thresholds)
-        if found.chosen and (not path or cost < path[-1].expected_cost):
-            seen = disagreement(selected, found.chosen, found.thresholds)
-            path.append(replace(found, policy="certified", tolerance=tolerance, expected_cost=cost, disagreement=seen))
-    return path
+        if found.chosen and cost < least:
+            least, seen = cost, disagreement(selected, found.chosen, found.thresholds)
+            yield replace(found, policy="certified", tolerance=tolerance, expected_cost=cost, disagreement=seen)

@@ -46,7 +46,7 @@ _LAYOUT: torch.memory_format = torch.channels_last
 class Training:
     """How heads are trained."""
 
-    epochs: int = 30
+    epochs: int = 50
     batch: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2

@@ -4,7 +4,7 @@ A family belongs to one kind of activation; a `HeadConfig` names the family and 
 an artifact stores of a head's architecture. The default of each family spends no more than 3.5 percent of the
 backbone's compute:
 
-    conv    [B, C, H, W]  convolutions with batch norm, average pooling, dense
+    conv    [B, C, H, W]  convolutions with batch norm; mean and maximum of every map, dense
     tokens  [B, T, D]     first token and mean over tokens, layer norm, dense, dense
     dense   [B, D]        layer norm, dense, dense
 """
@@ -38,24 +38,27 @@ class HeadConfig:
 
 
 class ConvHead(nn.Module):
-    """[B, C, H, W] -> logits [B, K]: convolution, batch norm, ReLU for every width; average pool; dense."""
+    """[B, C, H, W] -> logits [B, K]: convolution, batch norm, ReLU for every width; pooling; dense.
+
+    The dense layer sees mean and maximum over the map, of the head's input and after every convolution: next to
+    no compute, and a maximum tells that something is there where a mean tells how much of it.
+    """
 
     def __init__(self, channels: int, classes: int, widths: Sequence[int], kernel: int, strides: Sequence[int]) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for width, stride in zip(widths, strides, strict=True):
-            layers += [
-                nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-            ]
-            channels = width
-        self.features = nn.Sequential(*layers)
-        self.classify = nn.Linear(channels, classes)
+        self.features = nn.ModuleList()
+        for entering, width, stride in zip((channels, *widths), widths, strides, strict=False):
+            convolution = nn.Conv2d(entering, width, kernel, stride, kernel // 2, bias=False)
+            self.features.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
+        self.classify = nn.Linear(2 * (channels + sum(widths)), classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, K]."""
-        logits: torch.Tensor = self.classify(self.features(x).mean((2, 3)))
+        pooled = [x.mean((2, 3)), x.amax((2, 3))]
+        for layer in self.features:
+            x = layer(x)
+            pooled += [x.mean((2, 3)), x.amax((2, 3))]
+        logits: torch.Tensor = self.classify(torch.cat(pooled, 1))
         return logits
 
 

@@ -33,6 +33,22 @@ class RowSplits:
     test: np.ndarray
 
 
+PARTS = tuple(SHARES)
+
+
+def check_splits(splits: RowSplits, rows: int) -> None:
+    """Raises `InputError` for splits that are too small, share a row, or name one that is not there."""
+    for part in PARTS:
+        size = len(getattr(splits, part))
+        if size < FEWEST:
+            raise InputError(f"split {part} has {size} rows; it needs at least {FEWEST}: give it more rows")
+    every = np.concatenate([getattr(splits, part) for part in PARTS])
+    if every.min() < 0 or every.max() >= rows:
+        raise InputError(f"the splits name row {every.max()} (or a negative one), the data has {rows}; name rows of it")
+    if len(np.unique(every)) < len(every):
+        raise InputError("the splits share rows; no row may be in two of them, or what they say is worth nothing")
+
+
 def split_rows(rows: int, seed: int) -> RowSplits:
     """Number of rows -> disjoint index arrays. Raises `InputError` with the number needed when too few."""
     needed = int(np.ceil(FEWEST / min(SHARES.values())))

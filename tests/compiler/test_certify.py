@@ -41,7 +41,7 @@ def test_as_many_rows_as_the_design_says_certify_one_percent() -> None:
 
 def test_the_path_goes_from_timid_to_bold() -> None:
     selected = population(2000, 1)
-    path = plan_path(selected, COSTS, TOLERANCE)
+    path = list(plan_path(selected, COSTS, TOLERANCE))
     assert len(path) > 5
     costs = [plan.expected_cost for plan in path]
     assert costs == sorted(costs, reverse=True)
@@ -67,7 +67,7 @@ def test_the_promise_is_kept_on_simulated_data() -> None:
     """Of 500 certificates at delta, no more than delta are wrong, within binomial error; a joint plan's are more."""
     truth = population(200_000, 99)
     selected = population(1500, 3)
-    path = plan_path(selected, COSTS, TOLERANCE)
+    path = list(plan_path(selected, COSTS, TOLERANCE))
     risks = [disagreement(truth, p.chosen, p.thresholds) for p in path]
     broken = 0
     for seed in range(500):

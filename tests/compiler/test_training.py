@@ -19,9 +19,11 @@ from offramp.compiler import (
     Head,
     HeadConfig,
     Recording,
+    RowSplits,
     Training,
     build_head,
     calibrate,
+    check_splits,
     default_head,
     default_heads,
     distil,
@@ -55,6 +57,22 @@ def test_splits_follow_the_seed() -> None:
 def test_too_few_rows_are_told_how_many_are_needed() -> None:
     with pytest.raises(InputError, match="has 159 rows; the splits need at least 160"):
         split_rows(159, 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "rows", "said"),
+    [
+        ("test", [0], "split test has 1 rows; it needs at least 8"),
+        ("certify", [*range(20, 29), 500], "the splits name row 500"),
+        ("certify", [*range(20, 29), -1], "or a negative one"),
+        ("select", [0, *range(100, 110)], "share rows"),
+    ],
+)
+def test_splits_of_ones_own_are_checked(part: str, rows: list[int], said: str) -> None:
+    own = RowSplits(0, *np.arange(500).reshape(5, 100))
+    check_splits(own, 500)
+    with pytest.raises(InputError, match=said):
+        check_splits(replace(own, **{part: np.array(rows)}), 500)
 
 
 SHAPES = [(3, 32, 32), (7, 9, 5), (16, 1, 1), (4, 2, 11), (5, 24), (197, 33), (1, 8), (17,), (1,)]

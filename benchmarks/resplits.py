@@ -1,0 +1,70 @@
+"""Selection over many random splits of the same recorded rows: what a policy promises against what it keeps.
+
+Heads are trained once and asked once; then rows are dealt anew into select, certify and test, exits are chosen
+on the first two and judged on the third. One split's 1,500 test rows say little about half a percent; twenty
+splits say what to expect, and how far a single compile may stray from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from offramp.compiler import Costs, Options, Recording, Records
+from offramp.compiler.compile import choose_exits, records
+from offramp.compiler.thresholds import disagreement, exits_taken, expected_cost
+
+SHARES = (0.4, 0.7)  # ends of select and certify: 40 % select, 30 % certify, 30 % test
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What heads and backbone said of some rows, with labels to judge by."""
+
+    recording: Recording
+    temperatures: tuple[float, ...]
+    labels: np.ndarray  # [rows] int64
+    costs: Costs
+
+
+def deal(rows: int, seed: int) -> dict[str, np.ndarray]:
+    """Row indices of select, certify and test."""
+    order = np.random.default_rng([seed, rows]).permutation(rows)
+    select, certify, test = np.split(order, [round(share * rows) for share in SHARES])
+    return {"select": select, "certify": certify, "test": test}
+
+
+def judge(answers: Answers, options: Options, seed: int) -> dict[str, float]:
+    """One split: compute saved, disagreement and accuracy on its test rows."""
+    every = records(answers.recording, answers.temperatures)
+    parts = deal(every.rows, seed)
+    dealt = {name: Records(every.confidence[rows], every.agrees[rows]) for name, rows in parts.items()}
+    selection, _ = choose_exits(dealt, answers.costs, options)
+    rows, test = parts["test"], dealt["test"]
+    plan = selection.chosen, selection.thresholds
+    taken = exits_taken(test, *plan)
+    classes = np.column_stack([answers.recording.classes()[rows], answers.recording.backbone_classes[rows]])
+    exit_classes = classes[np.arange(len(rows)), np.append(np.array(selection.chosen, np.int64), -1)[taken]]
+    labels = answers.labels[rows]
+    return {
+        "saved": 1 - expected_cost(test, answers.costs, *plan) / float(answers.costs.reach[-1]),
+        "disagreement": disagreement(test, *plan),
+        "accuracy_backbone": float((classes[:, -1] == labels).mean()),
+        "accuracy": float((exit_classes == labels).mean()),
+        "exits": float(len(selection.chosen)),
+    }
+
+
+def summarise(outcomes: Sequence[dict[str, float]], tolerance: float) -> dict[str, Any]:
+    """Mean and standard deviation of every figure over the splits, and how many split's risk exceeds the tolerance."""
+    change = [o["accuracy"] - o["accuracy_backbone"] for o in outcomes]
+    columns = {key: [o[key] for o in outcomes] for key in outcomes[0]} | {"accuracy_change": change}
+    return {
+        "splits": len(outcomes),
+        "over_tolerance": sum(o["disagreement"] > tolerance for o in outcomes),
+        **{key: {"mean": mean(values), "sd": stdev(values)} for key, values in columns.items()},
+    }
