@@ -40,6 +40,7 @@ from offramp.compiler import (
     costs,
     default_heads,
     distil,
+    input_specs,
     keep_independent,
     load_weights,
     record,
@@ -48,6 +49,7 @@ from offramp.compiler.distill import tensors
 from offramp.compiler.measure import machine, usable_cores, versions
 from offramp.compiler.package import CERTIFIED
 from offramp.passes import find_candidates
+from offramp.runtime.data import fit_rows
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.table import percent, render
 
@@ -85,6 +87,7 @@ def recorded(model: str, training: Training, seed: int) -> Answers:
     rows, splits, options = as_rows(images), report_splits(seed), Options()
     example = tensors(rows, np.arange(8))
     backbone = capture(backbone_of(model), example, name=model)
+    rows = fit_rows(rows, input_specs(backbone))
     found = keep_independent(backbone, find_candidates(backbone), tuple(example.values()))
     candidates = choose_candidates(backbone, found, options.max_candidates)
     heads = distil(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cifar10_resnet import RESULTS, table
+from benchmarks.cifar10_resnet import RESULTS, spread_table, stage_table, table
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -16,9 +16,11 @@ def block(name: str) -> str:
     return README.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
 
 
-def test_the_cifar10_table_is_the_one_the_benchmark_wrote() -> None:
-    results = json.loads(RESULTS.read_text())["results"]
-    assert block("cifar10_resnet") == table(results)
+def test_the_cifar10_tables_are_those_the_benchmark_wrote() -> None:
+    written = json.loads(RESULTS.read_text())
+    assert block("cifar10_resnet") == table(written["results"])
+    assert block("cifar10_splits") == spread_table(written["splits"])
+    assert block("cifar10_stages") == stage_table([r for r in written["results"] if r["policy"] == "certified"])
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "bench"])
