@@ -6,6 +6,10 @@ compute (a mask spread over heads, token ids) are *side values*: edges out of th
 virtual source in front of everything that reads only side values, the immediate post-dominators up to the
 output are the cuts: no path from source to output goes round one of them.
 
+Streams that run side by side until late (encoder and decoder, two towers) would have no cut before they meet. So the
+stream with the most compute runs first and has cuts of its own; the others wait: they start behind the last cut
+before they are needed, from side values carried there. What a waiting stream made is never carried over a cut.
+
 A side value still read behind a cut is a *side input*: it travels with the live rows. It can travel only if
 its dimension 0 is the batch; otherwise it is computed again behind the cut from side values that can.
 """
@@ -25,6 +29,7 @@ from .backbone import Backbone, attribute, captured_size, is_size, tensor_values
 from .flops import node_flops
 
 SOURCE = "<source>"
+_TOGETHER = 0.05  # of the compute: streams that meet before it is spent are one
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,16 @@ class ValueGraph:
         """The post-dominators of the source in order, output excluded."""
         output = next(n for n in self.graph if isinstance(n, fx.Node) and n.op == "output")
         immediate = nx.immediate_dominators(self.graph.reverse(copy=False), output)
-        chain: list[fx.Node] = []
-        node = immediate.get(SOURCE)
-        while isinstance(node, fx.Node) and node is not output:
-            chain.append(node)
-            node = immediate[node]
-        return tuple(chain)
+        return self._without_leaks(_chain(immediate, SOURCE)[1:-1])
+
+    def _without_leaks(self, chain: list[fx.Node]) -> tuple[fx.Node, ...]:
+        """The chain without those cuts that a value of a waiting stream would have to pass."""
+        waiting = set(self.graph) - nx.descendants(self.graph, SOURCE) - {SOURCE}
+        segment = self.segment_of(chain)
+        leaks: set[int] = set()
+        for node in waiting:
+            leaks.update(range(segment[node], max(segment[user] for user in self.graph.successors(node))))
+        return tuple(cut for index, cut in enumerate(chain) if index not in leaks)
 
     def segment_of(self, cuts: Iterable[fx.Node]) -> dict[fx.Node, int]:
         """Non-side carrying node -> index of its segment, for cuts (dominators) from shallow to deep.
@@ -167,7 +176,9 @@ def analyse(backbone: Backbone) -> ValueGraph:
                 continue
             inner = [n for n in sources if n not in side]
             graph.add_edges_from((source, node) for source in inner or (SOURCE,))
-    return ValueGraph(backbone, frozenset(carrying), frozenset(side), flops, _needed(graph))
+    graph = _needed(graph)
+    _let_wait(graph, flops)
+    return ValueGraph(backbone, frozenset(carrying), frozenset(side), flops, graph)
 
 
 def _needed(graph: nx.DiGraph) -> nx.DiGraph:
@@ -177,6 +188,40 @@ def _needed(graph: nx.DiGraph) -> nx.DiGraph:
     for output in outputs:
         keep |= nx.ancestors(graph, output)
     return graph.subgraph(keep).copy()
+
+
+def _let_wait(graph: nx.DiGraph, flops: Mapping[str, float]) -> None:
+    """In place: no edge from the source to the entries of streams that wait."""
+    entries = list(graph.successors(SOURCE))
+    output = next(n for n in graph if isinstance(n, fx.Node) and n.op == "output")
+    immediate = nx.immediate_dominators(graph.reverse(copy=False), output)
+    limit = _TOGETHER * sum(flops.values())
+
+    def spent(nodes: Iterable[object]) -> float:
+        return sum(flops.get(n.name, 0.0) for n in nodes if isinstance(n, fx.Node))
+
+    def before(node: fx.Node) -> set[object]:
+        return {node, *nx.ancestors(graph, node)}
+
+    joined = immediate[SOURCE]
+    if len(entries) < 2 or spent(before(joined)) <= limit:
+        return
+    first = max(entries, key=lambda e: spent(before(joined) & nx.descendants(graph, e)))
+    own = _chain(immediate, first)
+    for entry in entries:
+        if entry is first:
+            continue
+        others = set(_chain(immediate, entry))
+        if spent(before(next(n for n in own if n in others))) > limit:
+            graph.remove_edge(SOURCE, entry)
+
+
+def _chain(immediate: Mapping[object, object], start: object) -> list[fx.Node]:
+    """`start` and its dominators up to the root."""
+    chain = [start]
+    while immediate.get(chain[-1], chain[-1]) not in (None, chain[-1]):
+        chain.append(immediate[chain[-1]])
+    return chain  # type: ignore[return-value]
 
 
 def _is_free(node: fx.Node, flops: Mapping[str, float], module: torch.nn.Module) -> bool:

@@ -97,7 +97,12 @@ def program_source(program: ExitProgram, stages: Sequence[str]) -> str:
         "forward",
         ", ".join(f"{name}: Tensor" for name in named),
         "Tuple[Tensor, Tensor]",
-        [f"return self.from_0(self.limits, {', '.join(named)})"],
+        [
+            f"if {named[0]}.size(0) == 0:",  # many a model cannot run on no rows
+            f"    none = torch.zeros([0, {program.backbone.classes}], dtype=torch.float32, device={named[0]}.device)",
+            "    return none, none.sum(1).to(torch.int64)",
+            f"return self.from_0(self.limits, {', '.join(named)})",
+        ],
     )
     get = _method("thresholds", "", "Tensor", ["return self.limits.clone()"])
     refuse = f"if thresholds.dim() != 1 or thresholds.size(0) != {exits} or bool(torch.isnan(thresholds).any()):"

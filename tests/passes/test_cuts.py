@@ -93,13 +93,64 @@ def test_two_inputs_used_before_a_cut_do_not_travel() -> None:
     assert cut_at(values, "relu_1").side_inputs == ()
 
 
-def test_a_parallel_branch_with_weights_is_no_side_value() -> None:
-    class Twin(Chain):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.last(F.relu(self.first(x)) + torch.tanh(self.first(x)))
+class Towers(nn.Module):
+    """Two streams that meet late; the second is the smaller one."""
 
-    found = names(analyse(captured(Twin)))
-    assert found[0].startswith("add")
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.narrow, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.narrow(x)) + self.wide(x))
+
+
+def test_the_smaller_of_two_streams_waits() -> None:
+    """It is no side value, for it has weights: it runs behind the last cut of the other, from the input."""
+    values = analyse(captured(Towers))
+    *stream, meet, last = names(values)
+    assert (stream, last) == (["linear_1", "relu", "linear_2"], "linear_3")
+    assert [n.name for n in cut_at(values, "relu").side_inputs] == ["x"]
+    assert cut_at(values, meet).side_inputs == ()
+    waiting = next(n for n in values.graph if getattr(n, "name", "") == "tanh")
+    around, joins = values.bypass(waiting)
+    assert around is not None
+    assert (around.name, joins.name) == ("linear_2", meet)
+
+
+def test_streams_that_meet_at_once_are_one() -> None:
+    """As the features of a recommender: none of them alone is worth a head."""
+
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.user, self.item = nn.Embedding(20, 8), nn.Embedding(20, 8)
+            self.rest = nn.Sequential(nn.Linear(80, 64), nn.ReLU(), nn.Linear(64, 4))
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.rest(torch.cat([self.user(ids).flatten(1), self.item(mask).flatten(1)], 1))
+
+    assert names(analyse(captured(Features, **sentences(8))))[0] == "cat"
+
+
+def test_what_a_waiting_stream_made_passes_no_cut() -> None:
+    """A bias made of the second input with weights, read before and behind the first block's end."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Linear(6, 16)
+            self.blocks, self.last = nn.ModuleList(nn.Linear(n, 16) for n in (6, 16, 16)), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+            bias, stem = torch.tanh(self.bias(side)), F.relu(self.blocks[0](x))
+            return self.last(F.relu(self.blocks[2](F.relu(self.blocks[1](stem) + bias)) * bias))
+
+    backbone = captured(Biased, x=rows(8), side=rows(8, 1))
+    found = names(analyse(backbone))
+    assert found[:2] == ["linear_1", "relu"], "the stem, before the bias is read"
+    assert not any(name.startswith("add") for name in found), "the end of the first block"
+    assert len(split(backbone, found[:-1])) == len(found)
 
 
 def test_normalising_the_input_is_no_cut() -> None:

@@ -9,7 +9,7 @@ import torch
 from models import Attention, Chain, Residual, Shared, Sized, captured, rows, sentences
 from torch import nn
 
-from offramp.passes import Backbone, Limits, Segment, find_candidates, split
+from offramp.passes import Backbone, Limits, Segment, find_candidates, row_shape, split
 from offramp.runtime.errors import PlanError
 
 ALL = Limits(least_left=0.0)
@@ -75,6 +75,32 @@ def test_a_mask_is_computed_once_and_carried_as_long_as_it_is_read() -> None:
     assert set(segments[1].inputs) == {first, "unsqueeze_1"}
     assert set(segments[1].carries) == {block, "unsqueeze_1"}
     assert segments[2].carries == ()
+
+
+def test_for_no_rows_nothing_is_computed() -> None:
+    """Many a model cannot run on no rows, and none needs to."""
+    backbone = captured(Sized)
+    for segment in split(backbone, cuts(backbone)[:1]):
+        segment.graph_module.register_forward_pre_hook(lambda *_: pytest.fail("no row reaches this segment"))
+        values = segment(torch.empty(0, *row_shape(backbone, segment.inputs[0])))
+        assert [v.shape for v in values] == [(0, *row_shape(backbone, name)) for name in segment.outputs]
+
+
+def test_called_on_rows_it_is_its_graph() -> None:
+    first, *_ = split(captured(Sized), cuts(captured(Sized))[:1])
+    torch.testing.assert_close(first(rows(3)), first.graph_module(rows(3)))
+
+
+def test_a_stream_that_waits_starts_behind_the_cut() -> None:
+    class Towers(Chain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.tanh(self.first(-x)) + self.second(torch.relu(self.first(x))))
+
+    backbone = captured(Towers)
+    segments = split(backbone, ["linear_1", "relu"])
+    assert all("neg" in segment.carries for segment in segments[:2])
+    assert [s.flops for s in segments] == [2 * 6 * 16, 0.0, 2 * (16 * 16 + 6 * 16 + 16 * 4)]
+    torch.testing.assert_close(run(segments, {"x": rows(5)}, slice(None)), backbone.graph_module(rows(5)))
 
 
 def test_no_cut_is_one_segment() -> None:

@@ -1,0 +1,157 @@
+"""One model of the zoo, from capture to the answers of every backend.
+
+    candidates   capture, candidates, row independence: what could carry an exit, and how long finding out takes
+    full         then a program with three exits at spread places, every backend, and its answers against the eager
+                 run's: all rows leave at the first exit, none leaves, each exit alone, mixed; batches of 0 rows and up
+
+An `OfframpError` on the way is a refusal and its message the reason. Anything else is a failure of ours.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.compiler import capture, choose_candidates, compare, keep_independent
+from offramp.compiler.capture import bind
+from offramp.compiler.emit import ALL_TARGETS, SCRIPT, TARGETS, TORCHSCRIPT
+from offramp.compiler.emit.torchscript import ScriptSession
+from offramp.compiler.equivalence import Answering
+from offramp.passes import Backbone, Candidate, Candidates, ExitProgram, find_candidates
+from offramp.runtime import load, open_artifact
+from offramp.runtime.errors import ModelError
+
+from .program import program_with_exits, write
+from .sources import Built
+
+EXAMPLE_ROWS = 8
+EXITS = 3
+EXECUTORS = dict(zip(TARGETS, ("segments", "single-file"), strict=True))
+# Batches compared, the most that fit `SECONDS` of the eager run; a row says which.
+BATCHES = ((0, 1, 3, 32, 257), (0, 1, 3, 32), (0, 1, 3, 8), (0, 1, 3))
+SECONDS = 60.0
+LARGE = 2e8  # parameters: such a model's forms are made one after the other, or memory would not do
+
+Row = dict[str, Any]
+
+
+def examine(built: Built, name: str, row: Row, work: Path | None) -> None:
+    """Fill `row` with what is found out; artifacts go below `work`, None stops at the candidates.
+
+    Raises `OfframpError` where the model is refused, `AssertionError` where a backend's answers are not the eager
+    run's.
+    """
+    torch.manual_seed(0)
+    example = built.rows(EXAMPLE_ROWS, 0)
+    row["inputs"] = {key: list(value.shape[1:]) for key, value in example.items()}
+    row["parameters"] = sum(p.numel() for p in built.model.parameters())
+    # The processor's seconds: with one thread they are what a free core needs, whoever else computes meanwhile.
+    started = time.process_time()
+    backbone = capture(built.model, example, name=name)
+    row["capture_s"] = time.process_time() - started
+    found = find_candidates(backbone)
+    row["find_s"] = time.process_time() - started - row["capture_s"]
+    found = keep_independent(backbone, found, bind(backbone.inputs, example, name))
+    row["seconds"] = time.process_time() - started
+    row["nodes"] = len(backbone.graph.nodes)
+    describe(found, row)
+    choose_candidates(backbone, found, EXITS)  # refuses when there is none
+    if work is None:
+        return
+    chosen = spread(found.kept)
+    rows = bind(backbone.inputs, built.rows(32, 1), name)
+    program = program_with_exits(backbone, chosen, rows)
+    row["exits"] = [c.place for c in chosen]
+    exercise(program, built, row, work)
+
+
+def spread(kept: Sequence[Candidate]) -> list[Candidate]:
+    """`EXITS` of the candidates from the first to the last, or all."""
+    last = len(kept) - 1
+    return [kept[i] for i in sorted({round(position * last / (EXITS - 1)) for position in range(EXITS)})]
+
+
+def describe(found: Candidates, row: Row) -> None:
+    """Places kept, and how often each reason refused a node."""
+    row["candidates"] = len(found.kept)
+    row["places"] = [f"{c.place} ({c.name})" for c in found.kept]
+    row["side_inputs"] = sorted({s for c in found.kept for s in c.side_inputs})
+    kinds = Counter(_kind(r.reason) for r in found.refused)
+    row["refusals"] = dict(kinds.most_common())
+
+
+def _kind(reason: str) -> str:
+    """A reason without the names and numbers of one node."""
+    return re.sub(r"[\d.,]+", "N", reason.split(":")[0])[:60]
+
+
+def exercise(program: ExitProgram, built: Built, row: Row, work: Path) -> None:
+    """Every backend against the eager run; `row["backends"]` says what of each."""
+    batches = row["batches"] = affordable(program, built)
+    row["backends"] = {}
+    large = row["parameters"] > LARGE
+    for targets in ((t,) for t in ALL_TARGETS) if large else (TARGETS, (TORCHSCRIPT,)):
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            artifact = Path(folder) / "artifact"
+            try:
+                write(program, targets, artifact)
+            except ModelError as error:
+                row["backends"] |= {target: {"refused": str(error)} for target in targets}
+                continue
+            for target in targets:
+                session = _session(artifact, target, program.backbone)
+                row["backends"][target] = _compared(program, session, built, batches)
+    differs = [t for t, o in row["backends"].items() if not o.get("holds", True)]
+    assert not differs, f"{', '.join(differs)}: answers differ from the eager run's: {row['backends'][differs[0]]}"
+    refused = [o["refused"] for o in row["backends"].values() if "refused" in o]
+    if refused:
+        raise ModelError(refused[0])
+
+
+def affordable(program: ExitProgram, built: Built) -> tuple[int, ...]:
+    """The batches of the longest list that all cases together have time for."""
+    inputs = bind(program.backbone.inputs, built.rows(8, 3), program.backbone.name)
+    started = time.process_time()
+    program.all_exits(*inputs)
+    per_row = (time.process_time() - started) / 8
+    cases = len(list(plans(program))) * len(ALL_TARGETS) * 3  # per case two eager runs and a backend's
+    return next((b for b in BATCHES if per_row * sum(b) * cases < SECONDS), BATCHES[-1])
+
+
+def plans(program: ExitProgram) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """The cases of DESIGN.md as thresholds."""
+    exits = len(program.plan.exits)
+    yield "all at once", (-math.inf,) * exits
+    yield "none", (math.inf,) * exits
+    for alone in range(exits):
+        yield f"exit {alone} alone", tuple(-math.inf if e == alone else math.inf for e in range(exits))
+    yield "mixed", program.plan.thresholds
+
+
+def _session(artifact: Path, target: str, backbone: Backbone) -> Answering:
+    if target in EXECUTORS:
+        return load(artifact, providers=["CPUExecutionProvider"], threads=1, executor=EXECUTORS[target])  # type: ignore[arg-type]
+    return ScriptSession(open_artifact(artifact).read(SCRIPT), [i.name for i in backbone.inputs])
+
+
+def _compared(program: ExitProgram, session: Answering, built: Built, batches: tuple[int, ...]) -> Mapping[str, Any]:
+    """All cases at all batches, added up."""
+    total = {"holds": True, "rows": 0, "near": 0, "other_exit": 0, "difference": 0.0}
+    rows = {name: value.numpy() for name, value in built.rows(max(batches), 2).items()}
+    for _, thresholds in plans(program):
+        for batch in batches:
+            given = {i.name: v[:batch] for i, v in zip(program.backbone.inputs, rows.values(), strict=True)}
+            found = compare(program.with_thresholds(thresholds), session, given)
+            total["holds"] = total["holds"] and found.holds
+            for key in ("rows", "near", "other_exit"):
+                total[key] += getattr(found, key)
+            total["difference"] = max(total["difference"], found.difference)
+    return total
