@@ -68,7 +68,7 @@ def values_agree(module: fx.GraphModule) -> Iterator[Finding]:
 
 def _sized(value: Any) -> bool:
     """Whether every size in a recorded value was known at capture: some depend on data."""
-    sizes = [size for tensor in tensor_values(value) for size in tensor.shape] or [value]
+    sizes: list[Any] = [size for tensor in tensor_values(value) for size in tensor.shape] or [value]
     return not any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)
 
 
