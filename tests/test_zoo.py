@@ -183,7 +183,9 @@ def test_the_page_counts_and_gives_reasons() -> None:
     passed = {"library": "timm", "name": "a", "depth": "full", "outcome": "passed", "seconds": 2.0, "candidates": 3}
     refused = {"library": "timm", "name": "b", "depth": "full", "outcome": "refused", "reason": "shuffles | rows"}
     missing = {"library": "timm", "name": "c", "depth": "full", "outcome": "unbuildable", "reason": "needs natten"}
-    text = page({"versions": {"torch": "2"}, "machine": "a machine", "results": [passed, refused, missing]})
-    assert "| timm | 2 | 1 | 1 | 0 | 1 | 50.0% |" in text
+    begun = {**passed, "name": "d", "depth": "candidates"}
+    results = [passed, refused, missing, begun]
+    text = page({"versions": {"torch": "2"}, "machine": "a machine", "listed": {"timm": 6}, "results": results})
+    assert "| timm | 6 | 1 | 1 | 1 | 0 | 1 | 2 | 20.0% |" in text
     assert "- `b`: refused, shuffles \\| rows" in text
     assert "2.0 s for the median model" in text

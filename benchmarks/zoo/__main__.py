@@ -160,6 +160,7 @@ def publish(path: Path) -> None:
         "command": "python -m benchmarks.zoo",
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in told},
+        "listed": {library: len(entries(library, WORK)) for library in LIBRARIES},
         "results": rows,
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")

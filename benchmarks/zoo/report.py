@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import markdown
 
+CANDIDATES_ONLY = "candidates only"
 PAGE = Path("docs") / "zoo.md"
 
 Row = Mapping[str, Any]
@@ -21,10 +23,12 @@ every backend gives the eager run's answers; nothing here says how well exits wo
 For each model: capture, candidates, a program with three exits at spread places (fewer where it has fewer places),
 every backend, and the answers compared with the eager run's for these cases: all rows leave at the first exit, none
 leaves, each exit alone, mixed; each at every batch size listed. "near" counts rows whose confidence lies within 1e-5
-of a threshold, which may leave elsewhere. Seconds are one core's, for capture and candidates together.
+of a threshold, which may leave elsewhere. Seconds are the processor's, one thread, for capture and candidates
+together; other work on the machine can stretch them.
 
-`passed`: all of it held. `refused`: one line says why, and the reason is about the model. `failed`: a bug of ours, or
-not done in time. `unbuildable`: the library itself cannot build it here; not counted.
+`passed`: all of it held. `candidates only`: captured, candidates found, the rest not run yet. `refused`: one line says
+why. `failed`: a bug of ours, or not done in time. `unbuildable`: the library itself cannot build it here. The share is
+what passed of all that are listed and can be built, tried or not.
 """
 
 
@@ -33,7 +37,7 @@ def page(result: Mapping[str, Any]) -> str:
     rows: Sequence[Row] = result["results"]
     libraries = list(dict.fromkeys(row["library"] for row in rows))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    parts = [_OPENING, f"Measured with {versions} on {result['machine']}.\n", _summary(rows, libraries)]
+    parts = [_OPENING, f"Measured with {versions} on {result['machine']}.\n", _summary(rows, result["listed"])]
     parts += [_timing(rows)]
     for library in libraries:
         own = [row for row in rows if row["library"] == library]
@@ -41,18 +45,20 @@ def page(result: Mapping[str, Any]) -> str:
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def _summary(rows: Sequence[Row], libraries: Sequence[str]) -> str:
-    head = ("library", "tried", "passed", "refused", "failed", "unbuildable", "share passed")
+def _summary(rows: Sequence[Row], listed: Mapping[str, int]) -> str:
+    """What the share is of: all models listed that can be built, tried or not."""
+    head = ("library", "listed", "passed", CANDIDATES_ONLY, "refused", "failed", "unbuildable", "not tried", "share")
     cells = []
-    for library in libraries:
-        count = dict.fromkeys(("passed", "refused", "failed", "unbuildable"), 0)
-        for row in rows:
-            if row["library"] == library:
-                count[row["outcome"]] += 1
-        tried = sum(count.values()) - count["unbuildable"]
-        share = f"{count['passed'] / tried:.1%}" if tried else "-"
-        cells.append([library, str(tried), *map(str, count.values()), share])
+    for library, total in listed.items():
+        found = Counter(_outcome(row) for row in rows if row["library"] == library)
+        counts = [found[kind] for kind in head[2:7]]
+        share = f"{found['passed'] / max(total - found['unbuildable'], 1):.1%}"
+        cells.append([library, str(total), *map(str, counts), str(total - sum(counts)), share])
     return markdown(head, cells)
+
+
+def _outcome(row: Row) -> str:
+    return CANDIDATES_ONLY if row["outcome"] == "passed" and row["depth"] != "full" else str(row["outcome"])
 
 
 def _timing(rows: Sequence[Row]) -> str:
@@ -83,7 +89,7 @@ def _cells(row: Row) -> list[str]:
         " ".join(map(str, row.get("batches", ()))),
         str(sum(b["near"] for b in backends)) if backends else "",
         f"{max(b['difference'] for b in backends):.0e}" if backends else "",
-        row["outcome"] if row["depth"] == "full" or row["outcome"] != "passed" else "passed (candidates only)",
+        _outcome(row),
     ]
 
 
