@@ -6,6 +6,7 @@ capture -> candidates -> distil -> calibrate -> record -> select -> build -> emi
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from offramp.passes import (
     Candidates,
     ExitPlan,
     PlannedExit,
+    Refusal,
     Trace,
     build_program,
     find_candidates,
@@ -142,9 +144,13 @@ def choose_candidates(backbone: Backbone, found: Candidates, limit: int) -> tupl
     Raises `NoCandidateError` with the most frequent refusals when there is none.
     """
     if not found.kept:
-        reasons = [f"{r.name} ({r.place}): {r.reason}" for r in found.refused[-3:]]
+        kinds: dict[str, list[Refusal]] = defaultdict(list)
+        for refusal in found.refused:
+            kinds[refusal.kind].append(refusal)
+        frequent = sorted(kinds.values(), key=len, reverse=True)[:3]
+        reasons = [f"{len(same)} such as {same[-1].name} ({same[-1].place}): {same[-1].reason}" for same in frequent]
         raise NoCandidateError(
-            f"{backbone.name} has no place for an exit among {len(found.refused)} considered, such as "
+            f"{backbone.name} has no place for an exit among {len(found.refused)} considered: "
             f"{'; '.join(reasons) or 'none at all'}; see `offramp candidates` for all of them"
         )
     if len(found.kept) <= limit:

@@ -13,6 +13,7 @@ from .candidates import FILTERS, Candidate, Candidates, Filter, Limits, Refusal,
 from .contract import Observer, Pass, PassResult, observed
 from .cuts import Cut, ValueGraph, analyse
 from .flops import module_flops, node_flops
+from .folding import FoldWeights
 from .normalise import NORMALISATION, RemoveAssertions, RemoveIdentities, ReshapeViews, normalise
 from .plan import METRICS, ExitPlan, PlannedExit
 from .program import ExitProgram, InsertExits, build_program, confidence, exit_if, gather
@@ -32,6 +33,7 @@ __all__ = [
     "ExitPlan",
     "ExitProgram",
     "Filter",
+    "FoldWeights",
     "Input",
     "InsertExits",
     "Limits",

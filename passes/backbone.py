@@ -7,6 +7,7 @@ from in `meta["nn_module_stack"]`. The one output is the score tensor `[B, K]`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -132,3 +133,13 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values() if path]
     return str(paths[-1]) if paths else node.name
+
+
+def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A new graph over the same (shared) parameters."""
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, {})
+    graph.output(output)
+    for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
+        new.meta = copy.copy(old.meta)
+    return fx.GraphModule(module, graph)

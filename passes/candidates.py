@@ -20,6 +20,7 @@ The rules, in the order they are asked:
 from __future__ import annotations
 
 import operator
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,11 @@ class Refusal:
     name: str
     place: str
     reason: str
+
+    @property
+    def kind(self) -> str:
+        """The reason without the names and numbers of one node."""
+        return re.sub(r"\d[\d.,]*", "N", self.reason.split(":")[-1 if self.reason.startswith("inside ") else 0])
 
 
 @dataclass(frozen=True)

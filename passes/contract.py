@@ -21,6 +21,7 @@ from offramp.runtime.errors import PassError
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+_TOLD = 5
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,21 @@ class Pass(ABC, Generic[In, Out]):
     def __call__(self, subject: In) -> PassResult[Out]:
         """Run with both checks. Raises `PassError` naming the pass and the broken promises."""
         if missing := self.requires(subject):
-            raise PassError(f"{self.name} cannot run here: {'; '.join(missing)}")
+            raise PassError(f"{self.name} cannot run here: {_told(missing)}")
         result = self.call(subject)
         if broken := self.ensures(result.subject):
-            raise PassError(f"{self.name} broke its contract (a bug in the pass): {'; '.join(broken)}")
+            raise PassError(f"{self.name} broke its contract (a bug in the pass): {_told(broken)}")
         if not result.modified and id(result.subject) != id(subject):
             raise PassError(f"{self.name} says it changed nothing but returned another subject (a bug in the pass)")
         for observer in _observers.get():
             observer(self, subject, result)
         return result
+
+
+def _told(sentences: list[str]) -> str:
+    """The first few, and how many more: one fault often breaks a promise at every layer."""
+    more = len(sentences) - _TOLD
+    return "; ".join(sentences[:_TOLD]) + (f"; and {more} more" if more > 0 else "")
 
 
 Observer = Callable[[Pass[Any, Any], Any, PassResult[Any]], None]  # (pass, what it was given, what it made)

@@ -3,7 +3,8 @@
 1. `RemoveAssertions` drops run-time checks: they hold no value, and across a cut they would ask for one.
 2. `RemoveIdentities` drops nodes that return their input at inference (dropout, detach, alias, clone, a slice of
    everything).
-3. `ReshapeViews` turns `view` into `reshape`: tracing wrote down views because of the strides it saw, but another
+3. `FoldWeights` computes once what is made of weights alone; see `folding`.
+4. `ReshapeViews` turns `view` into `reshape`: tracing wrote down views because of the strides it saw, but another
    kernel of the same operator (attention for no rows, or on another device) may lay its result out otherwise, and a
    `clone` that made them right may be gone by rule 2.
 
@@ -13,7 +14,6 @@ whether a reshape copies shows nowhere.
 
 from __future__ import annotations
 
-import copy
 import sys
 from dataclasses import replace
 from typing import Any
@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .backbone import Backbone
+from .backbone import Backbone, copy_graph_module
 from .contract import Pass, PassResult
+from .folding import FoldWeights
 
 aten = torch.ops.aten
 
@@ -105,11 +106,16 @@ class ReshapeViews(Pass[Backbone, Backbone]):
         return [f"{n.name} is still a view" for n in _views(subject)]
 
 
-NORMALISATION: tuple[Pass[Backbone, Backbone], ...] = (RemoveAssertions(), RemoveIdentities(), ReshapeViews())
+NORMALISATION: tuple[Pass[Backbone, Backbone], ...] = (
+    RemoveAssertions(),
+    RemoveIdentities(),
+    FoldWeights(),
+    ReshapeViews(),
+)
 
 
 def normalise(backbone: Backbone) -> Backbone:
-    """All passes of this file in a row."""
+    """All of them in a row."""
     for step in NORMALISATION:
         backbone = step(backbone).subject
     return backbone
@@ -140,13 +146,3 @@ def _without(backbone: Backbone, drop: Any) -> PassResult[Backbone]:
     module.graph.lint()
     module.recompile()
     return PassResult(replace(backbone, graph_module=module), modified=True)
-
-
-def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
-    """A new graph over the same (shared) parameters."""
-    graph = fx.Graph()
-    output = graph.graph_copy(module.graph, {})
-    graph.output(output)
-    for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
-        new.meta = copy.copy(old.meta)
-    return fx.GraphModule(module, graph)

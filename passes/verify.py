@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from offramp.runtime.errors import PassError
 
-from .backbone import Backbone, attribute, captured_size, value_name
+from .backbone import Backbone, attribute, captured_size, is_size, value_name
 from .contract import Pass, PassResult
 from .graph_rules import GRAPH_RULES, Finding
 from .linear import linear_top_graph
@@ -243,13 +243,15 @@ def _kind(value: Any) -> str:
 
 
 def _places(graph: fx.Graph) -> dict[object, int]:
-    """Parameter -> how many nodes read it together with data, itself or through what is made of parameters alone."""
-    origins: dict[fx.Node, frozenset[object]] = {}  # of nodes that depend on no input: the parameters they are made of
+    """Parameter -> how many nodes read it with data, itself or through what is made of parameters and sizes alone."""
+    origins: dict[fx.Node, frozenset[object]] = {}  # of nodes that depend on no data: the parameters they are made of
     places: Counter[object] = Counter()
     for node in graph.nodes:
         read = frozenset().union(*(origins.get(a, frozenset()) for a in node.all_input_nodes))
         if node.op == "get_attr":
             origins[node] = frozenset({node.target})
+        elif is_size(node):
+            origins[node] = frozenset()
         elif node.op == "call_function" and all(a in origins for a in node.all_input_nodes):
             origins[node] = read
         else:

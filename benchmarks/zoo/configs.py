@@ -27,8 +27,8 @@ SMALL: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "dim", "embedding_size", "d_latents"), 32),
     **dict.fromkeys(("embed_dim", "word_embed_proj_dim", "projection_dim", "pooler_hidden_size"), 32),
     **dict.fromkeys(("true_hidden_size", "intra_bottleneck_size", "output_channels", "entity_emb_size"), 32),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers"), 3),
-    **dict.fromkeys(("encoder_layers", "decoder_layers"), 3),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers"), 3),
+    **dict.fromkeys(("decoder_layers", "num_decoder_layers"), 1),  # every one reads the encoder: no cut lies between
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "index_n_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_self_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_cross_attention_heads"), 2),
@@ -71,16 +71,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 4},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
-    "perceiver": {"num_cross_attention_heads": 1, "num_latents": 32, "image_size": 16},
+    "perceiver": {"num_cross_attention_heads": 1, "num_latents": 64, "d_latents": 64, "image_size": 16},
     "reformer": {
         "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [8, 24], "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8, "hash_seed": 0, "num_buckets": 2, "pad_token_id": PAD,
     },
+    "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128]},
     "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
-    "shieldgemma2": {"mm_tokens_per_image": IMAGE_PARTS, "image_token_index": IMAGE},
+    "shieldgemma2": {
+        "mm_tokens_per_image": IMAGE_PARTS, "image_token_index": IMAGE, "yes_token_index": 5, "no_token_index": 6,
+    },
     "siglip2_vision_model": {"num_patches": 16},
     "swin": {"image_size": 128, "embed_dim": 24, "window_size": 4, "depths": [2, 2], "num_heads": [3, 3]},
     "swinv2": {"image_size": 128, "embed_dim": 24, "window_size": 4, "depths": [2, 2], "num_heads": [3, 3]},
+    "textnet": {"image_size": [64, 64]},
     "t5": {"decoder_start_token_id": PAD},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1},
@@ -158,6 +162,8 @@ def build(name: str) -> Built:
         model = getattr(transformers, architecture)(tiny(family)).eval()
     except ImportError as error:
         raise Unbuildable(" ".join(str(error).split())[:200]) from error
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")  # the others are loops over data, or operators of their own
     pictures = any(architecture in names for names in _mapping("IMAGE").values())
     if pictures and family not in _OTHER_ROWS:
         rows = images(_image_size(model.config), getattr(model.config, "num_channels", 3), "pixel_values")

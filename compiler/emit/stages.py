@@ -22,6 +22,7 @@ from offramp.runtime.manifest import StageSpec
 from ..progress import bar
 from .external import INLINE_LIMIT, model_files
 from .names import with_places
+from .promises import keep_promises
 from .translate import Example, to_onnx
 
 ANSWER = ("probabilities", "confidence")
@@ -77,7 +78,7 @@ def stage_models(program: ExitProgram) -> tuple[onnx.ModelProto, ...]:
         stage = Stage(program, index)
         own = "output" if stage.last else f"exits.{index}"
         prefixes = {"": own, "head": f"{own}.head"}
-        stage.segment, places = with_places(stage.segment)
+        stage.segment, places = with_places(keep_promises(stage.segment))
         prefixes |= _below("segment", places)
         examples = _examples(program.segments[index].graph_module)
         models.append(to_onnx(stage, examples, (*spec.outputs, *ANSWER), prefixes))
@@ -90,7 +91,7 @@ def backbone_model(backbone: Backbone, limit: int = INLINE_LIMIT) -> ModelBytes:
     Raises `ModelError` when it holds an operator ONNX cannot express.
     """
     plain = Plain(backbone)
-    plain.backbone, places = with_places(plain.backbone)
+    plain.backbone, places = with_places(keep_promises(plain.backbone))
     prefixes = {"": "output", **_below("backbone", places)}
     model = to_onnx(plain, _examples(backbone.graph_module), ("probabilities",), prefixes)
     files = model_files(model, "backbone.onnx", limit)

@@ -11,6 +11,7 @@ from models import Attention, Chain, captured, rows, sentences
 from torch import fx, nn
 
 from offramp.passes import (
+    NORMALISATION,
     Backbone,
     Pass,
     PassResult,
@@ -110,7 +111,7 @@ def test_views_of_a_clone_that_is_gone() -> None:
 def test_a_normal_graph_is_left_alone() -> None:
     backbone = captured(Chain)
     assert normalise(backbone) is backbone
-    for step in (RemoveAssertions(), RemoveIdentities(), ReshapeViews()):
+    for step in NORMALISATION:
         assert not step(backbone).modified
 
 

@@ -1,0 +1,47 @@
+"""Operators whose translation to ONNX does not keep what torch promises, written so that it does.
+
+`scaled_dot_product_attention` gives zeros to a query whose mask leaves it nothing to attend to: a padded token under
+a sliding window. Its translation gives such a query the average over all keys. No answer of the backbone reads it,
+but a head that pools over tokens does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from offramp.passes.backbone import copy_graph_module
+
+aten = torch.ops.aten
+
+
+def keep_promises(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy, over the same weights, whose translation gives what `module` gives."""
+    kept = copy_graph_module(module)
+    for node in kept.graph.nodes:
+        node.target = _PROMISES.get(node.target, node.target)
+    kept.recompile()
+    return kept
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *rest: Any,
+    **more: Any,
+) -> torch.Tensor:
+    """As `aten.scaled_dot_product_attention`: `[..., T, D]` attends to `[..., S, D]` under a mask `[..., T, S]`."""
+    result: torch.Tensor = aten.scaled_dot_product_attention.default(query, key, value, attn_mask, *rest, **more)
+    if attn_mask is None:
+        return result
+    mask = attn_mask
+    allowed = mask if mask.dtype == torch.bool else mask > -torch.inf
+    return torch.where(allowed.any(-1, keepdim=True), result, 0.0)
+
+
+_PROMISES: Mapping[Any, Callable[..., Any]] = {aten.scaled_dot_product_attention.default: attention}

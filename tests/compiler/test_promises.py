@@ -1,0 +1,48 @@
+"""What torch promises of an operator holds in ONNX too."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from models import captured
+from torch import nn
+from torch.nn import functional as F
+
+from offramp.compiler.emit import backbone_model
+
+TOKENS, WINDOW = 6, 2
+
+
+class Windowed(nn.Module):
+    """Every token attends to itself and the one before, if they are there; all tokens are averaged in the end."""
+
+    def __init__(self, minus_infinity: bool) -> None:
+        super().__init__()
+        self.mix, self.last = nn.Linear(4, 12), nn.Linear(4, 3)
+        self.minus_infinity = minus_infinity
+        place = torch.arange(TOKENS)
+        self.register_buffer("window", ((place[:, None] - place[None]) < WINDOW) & (place[:, None] >= place[None]))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        allowed = (self.window & mask.bool()[:, None, :])[:, None]
+        if self.minus_infinity:
+            allowed = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+        query, key, value = self.mix(x)[:, None].chunk(3, dim=-1)
+        return self.last(F.scaled_dot_product_attention(query, key, value, attn_mask=allowed).mean((1, 2)))
+
+
+@pytest.mark.parametrize("minus_infinity", [False, True])
+def test_a_token_with_nothing_to_attend_to_gets_zeros(minus_infinity: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, TOKENS, 4, generator=generator)
+    length = torch.tensor([1, 2, 3, 4, 5, 6, 2, 3])
+    mask = (torch.arange(TOKENS) < length[:, None]).long()
+    torch.manual_seed(0)
+    model = Windowed(minus_infinity).eval()
+    backbone = captured(model, x=x, mask=mask)
+    session = ort.InferenceSession(backbone_model(backbone).proto, providers=["CPUExecutionProvider"])
+    found = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, torch.softmax(model(x, mask), 1).numpy(), atol=1e-5)
