@@ -8,8 +8,7 @@ from torch import fx
 
 from offramp.runtime.errors import PlanError
 
-from .backbone import Backbone
-from .normalise import copy_graph_module
+from .backbone import Backbone, copy_graph_module
 
 
 def tap(backbone: Backbone, names: Sequence[str]) -> fx.GraphModule:
