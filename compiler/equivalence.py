@@ -7,7 +7,7 @@ they pass lies within 1e-5 of its threshold may differ and are counted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -41,19 +41,40 @@ class Equivalence:
         return not self.other_exit and self.difference <= CLOSE
 
 
-def compare(program: ExitProgram, session: Answering, batch: Mapping[str, np.ndarray]) -> Equivalence:
-    """Run one batch by name through both, under the program's thresholds."""
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What the eager run answers to one batch under a program's thresholds."""
+
+    thresholds: tuple[float, ...]
+    batch: Mapping[str, np.ndarray] = field(repr=False)
+    probabilities: np.ndarray = field(repr=False)  # [B, K]
+    exits: np.ndarray = field(repr=False)  # [B]
+    near: np.ndarray = field(repr=False)  # [B] bool: rounding may decide where the row leaves
+
+    def against(self, session: Answering) -> Equivalence:
+        """Run the same batch through an emitted form."""
+        got = session.run(self.batch, thresholds=self.thresholds)
+        same = (got.exits == self.exits) & ~self.near
+        difference = np.abs(got.probabilities - self.probabilities)[same].max(initial=0.0)
+        other = int((got.exits != self.exits)[~self.near].sum())
+        return Equivalence(len(self.exits), int(self.near.sum()), other, float(difference))
+
+
+def expect(program: ExitProgram, batch: Mapping[str, np.ndarray]) -> Expected:
+    """The eager run of one batch, arrays by input name."""
     inputs = tuple(torch.from_numpy(batch[i.name]) for i in program.backbone.inputs)
-    expected, exits = (value.numpy() for value in program(*inputs))
+    probabilities, exits = (value.numpy() for value in program(*inputs))
     near = np.zeros(len(exits), bool)
     if program.plan.exits:
         for index, answer in enumerate(program.all_exits(*inputs)[:-1]):
             sure = confidence(answer, program.plan.metric).numpy()
             near |= (np.abs(sure - program.plan.thresholds[index]) <= NEAR) & (exits >= index)
-    got = session.run(batch, thresholds=program.plan.thresholds)
-    same = (got.exits == exits) & ~near
-    difference = np.abs(got.probabilities - expected)[same].max(initial=0.0)
-    return Equivalence(len(exits), int(near.sum()), int((got.exits != exits)[~near].sum()), float(difference))
+    return Expected(program.plan.thresholds, batch, probabilities, exits, near)
+
+
+def compare(program: ExitProgram, session: Answering, batch: Mapping[str, np.ndarray]) -> Equivalence:
+    """Run one batch by name through both, under the program's thresholds."""
+    return expect(program, batch).against(session)
 
 
 def require(found: Equivalence, what: str) -> None:

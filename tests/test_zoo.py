@@ -86,15 +86,15 @@ MODELS: dict[str, Callable[[], Built]] = {
     "gpt2": library("gpt2/GPT2ForSequenceClassification"),
     "llama": library("llama/LlamaForSequenceClassification"),
     "t5": library("t5/T5ForSequenceClassification"),
+    "qwen2_moe": library("qwen2_moe/Qwen2MoeForSequenceClassification"),
 }
 
 
-# Emitting is what takes time: of those whose graphs are much alike one is enough here, three more are slow.
-QUICK = ("densenet", "resnet", "poolformer", "vit", "swin", "bert", "gpt2", "t5")
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("efficientnet", "levit", "xlm")]
+# Those whose graphs are much like another's are here for the places they offer alone.
+DOZEN = [name for name in MODELS if name not in ("mobilenet_v2", "deit", "llama")]
 
 
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+@pytest.mark.parametrize("name", DOZEN)
 def test_every_backend_gives_the_eager_runs_answers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two exits, for emitting is what takes time here; the zoo has three."""
     monkeypatch.setattr(check, "EXITS", 2)

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from offramp.compiler import capture, choose_candidates, compare, keep_independent
+from offramp.compiler import capture, choose_candidates, keep_independent
 from offramp.compiler.capture import bind
 from offramp.compiler.emit import ALL_TARGETS, SCRIPT, TARGETS, TORCHSCRIPT
 from offramp.compiler.emit.torchscript import ScriptSession
-from offramp.compiler.equivalence import Answering
+from offramp.compiler.equivalence import Answering, Expected, expect
 from offramp.passes import Backbone, Candidate, Candidates, ExitProgram, find_candidates
 from offramp.runtime import load, open_artifact
 from offramp.runtime.errors import ModelError
@@ -89,6 +89,7 @@ def describe(found: Candidates, row: Row) -> None:
 def exercise(program: ExitProgram, built: Built, row: Row, work: Path) -> None:
     """Every backend against the eager run; `row["backends"]` says what of each."""
     batches = row["batches"] = affordable(program, built)
+    expected = _expected(program, built, batches)
     row["backends"] = {}
     large = row["parameters"] > LARGE
     for targets in ((t,) for t in ALL_TARGETS) if large else (TARGETS, (TORCHSCRIPT,)):
@@ -101,7 +102,7 @@ def exercise(program: ExitProgram, built: Built, row: Row, work: Path) -> None:
                 continue
             for target in targets:
                 session = _session(artifact, target, program.backbone)
-                row["backends"][target] = _compared(program, session, built, batches)
+                row["backends"][target] = _compared(expected, session)
     differs = [t for t, o in row["backends"].items() if not o.get("holds", True)]
     assert not differs, f"{', '.join(differs)}: answers differ from the eager run's: {row['backends'][differs[0]]}"
     refused = [o["refused"] for o in row["backends"].values() if "refused" in o]
@@ -115,8 +116,8 @@ def affordable(program: ExitProgram, built: Built) -> tuple[int, ...]:
     started = time.process_time()
     program.all_exits(*inputs)
     per_row = (time.process_time() - started) / 8
-    cases = len(list(plans(program))) * len(ALL_TARGETS) * 3  # per case two eager runs and a backend's
-    return next((b for b in BATCHES if per_row * sum(b) * cases < SECONDS), BATCHES[-1])
+    runs = len(list(plans(program))) * (2 + len(ALL_TARGETS))  # per case two eager ones and the backends'
+    return next((b for b in BATCHES if per_row * sum(b) * runs < SECONDS), BATCHES[-1])
 
 
 def plans(program: ExitProgram) -> Iterator[tuple[str, tuple[float, ...]]]:
@@ -135,18 +136,22 @@ def _session(artifact: Path, target: str, backbone: Backbone) -> Answering:
     return ScriptSession(open_artifact(artifact).read(SCRIPT), [i.name for i in backbone.inputs])
 
 
-def _compared(program: ExitProgram, session: Answering, built: Built, batches: tuple[int, ...]) -> Mapping[str, Any]:
-    """All cases at all batches, added up."""
-    total = {"holds": True, "rows": 0, "near": 0, "other_exit": 0, "difference": 0.0}
+def _expected(program: ExitProgram, built: Built, batches: tuple[int, ...]) -> list[Expected]:
+    """The eager run's answers in all cases at all batches."""
     backbone = program.backbone
     arguments = bind(backbone.inputs, built.rows(max(batches), 2), backbone.name)
     rows = {i.name: value.numpy() for i, value in zip(backbone.inputs, arguments, strict=True)}
-    for _, thresholds in plans(program):
-        for batch in batches:
-            given = {name: value[:batch] for name, value in rows.items()}
-            found = compare(program.with_thresholds(thresholds), session, given)
-            total["holds"] = total["holds"] and found.holds
-            for key in ("rows", "near", "other_exit"):
-                total[key] += getattr(found, key)
-            total["difference"] = max(total["difference"], found.difference)
-    return total
+    programs = [program.with_thresholds(thresholds) for _, thresholds in plans(program)]
+    return [expect(p, {name: value[:batch] for name, value in rows.items()}) for p in programs for batch in batches]
+
+
+def _compared(expected: Sequence[Expected], session: Answering) -> Mapping[str, Any]:
+    """All cases at all batches, added up."""
+    found = [e.against(session) for e in expected]
+    return {
+        "holds": all(f.holds for f in found),
+        "rows": sum(f.rows for f in found),
+        "near": sum(f.near for f in found),
+        "other_exit": sum(f.other_exit for f in found),
+        "difference": max(f.difference for f in found),
+    }
