@@ -23,7 +23,9 @@ every backend gives the eager run's answers; nothing here says how well exits wo
 For each model: capture, candidates, a program with three exits at spread places (fewer where it has fewer places),
 every backend, and the answers compared with the eager run's for these cases: all rows leave at the first exit, none
 leaves, each exit alone, mixed; each at every batch size listed. "near" counts rows whose confidence lies within 1e-5
-of a threshold, which may leave elsewhere. Seconds are the processor's, one thread, for capture and candidates
+of a threshold, which may leave elsewhere. Answers may differ by 1e-4; by more only where the eager run's own answers
+change by at least as much when every input value moves by its last bit: a random network can be that ill-conditioned,
+and "own rounding" then says by how much. Seconds are the processor's, one thread, for capture and candidates
 together; other work on the machine can stretch them.
 
 `passed`: all of it held. `candidates only`: captured, candidates found, the rest not run yet. `refused`: one line says
@@ -73,7 +75,18 @@ def _timing(rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = ("model", "parameters", "candidates", "side inputs", "seconds", "batches", "near", "difference", "outcome")
+    head = (
+        "model",
+        "parameters",
+        "candidates",
+        "side inputs",
+        "seconds",
+        "batches",
+        "near",
+        "difference",
+        "own rounding",
+        "outcome",
+    )
     return markdown(head, [_cells(row) for row in rows])
 
 
@@ -89,6 +102,7 @@ def _cells(row: Row) -> list[str]:
         " ".join(map(str, row.get("batches", ()))),
         str(sum(b["near"] for b in backends)) if backends else "",
         f"{max(b['difference'] for b in backends):.0e}" if backends else "",
+        f"{row['own_rounding']:.0e}" if "own_rounding" in row else "",
         _outcome(row),
     ]
 
