@@ -3,6 +3,9 @@
 `scaled_dot_product_attention` gives zeros to a query whose mask leaves it nothing to attend to: a padded token under
 a sliding window. Its translation gives such a query the average over all keys. No answer of the backbone reads it,
 but a head that pools over tokens does.
+
+`add` of a tiny number: the exporter's optimizer takes a constant within 1e-8 of zero for zero and drops the addition.
+A norm with an epsilon that small then divides nothing by nothing for a token of zeros.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from torch import fx
 from offramp.passes.backbone import copy_graph_module
 
 aten = torch.ops.aten
+_TAKEN_FOR_ZERO = 1e-7  # by the optimizer, and a margin
+_SCALE = 2.0**20
 
 
 def keep_promises(module: fx.GraphModule) -> fx.GraphModule:
@@ -44,4 +49,15 @@ def attention(
     return torch.where(allowed.any(-1, keepdim=True), result, 0.0)
 
 
-_PROMISES: Mapping[Any, Callable[..., Any]] = {aten.scaled_dot_product_attention.default: attention}
+def add(x: torch.Tensor, other: Any, **more: Any) -> torch.Tensor:
+    """As `aten.add`. Scaling by a power of two is exact, and beside the scaled number nothing is lost."""
+    tiny = isinstance(other, float) and 0 < abs(other) <= _TAKEN_FOR_ZERO and not more
+    if not tiny or not x.is_floating_point():
+        return torch.add(x, other, **more)
+    return (x * _SCALE + other * _SCALE) / _SCALE
+
+
+_PROMISES: Mapping[Any, Callable[..., Any]] = {
+    aten.scaled_dot_product_attention.default: attention,
+    aten.add.Tensor: add,
+}

@@ -46,3 +46,27 @@ def test_a_token_with_nothing_to_attend_to_gets_zeros(minus_infinity: bool) -> N
     found = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})[0]
     with torch.no_grad():
         np.testing.assert_allclose(found, torch.softmax(model(x, mask), 1).numpy(), atol=1e-5)
+
+
+class TinyEpsilon(nn.Module):
+    """A root-mean-square norm whose epsilon is all that is left of a row of zeros."""
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon, self.last = epsilon, nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon))
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-8, 1e-12])
+def test_a_tiny_number_added_is_not_nothing(epsilon: float) -> None:
+    torch.manual_seed(0)
+    model = TinyEpsilon(epsilon).eval()
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)) * 1e-5
+    x[3:5] = 0
+    session = ort.InferenceSession(backbone_model(captured(model, x=x)).proto, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            session.run(None, {"x": x.numpy()})[0], torch.softmax(model(x), 1).numpy(), rtol=1e-4, atol=1e-6
+        )
