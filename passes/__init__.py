@@ -14,7 +14,7 @@ from .contract import Observer, Pass, PassResult, observed
 from .cuts import Cut, ValueGraph, analyse
 from .flops import module_flops, node_flops
 from .folding import FoldWeights
-from .normalise import NORMALISATION, RemoveAssertions, RemoveIdentities, ReshapeViews, normalise
+from .normalise import NORMALISATION, NameSqueezed, RemoveAssertions, RemoveIdentities, ReshapeViews, normalise
 from .plan import METRICS, ExitPlan, PlannedExit
 from .program import ExitProgram, InsertExits, build_program, confidence, exit_if, gather
 from .segments import Segment, split
@@ -37,6 +37,7 @@ __all__ = [
     "Input",
     "InsertExits",
     "Limits",
+    "NameSqueezed",
     "Observer",
     "Pass",
     "PassResult",

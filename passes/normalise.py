@@ -7,6 +7,8 @@
 4. `ReshapeViews` turns `view` into `reshape`: tracing wrote down views because of the strides it saw, but another
    kernel of the same operator (attention for no rows, or on another device) may lay its result out otherwise, and a
    `clone` that made them right may be gone by rule 2.
+5. `NameSqueezed` says which dimensions a `squeeze` of everything drops: those that are always one. Left to find out
+   at run time, it would drop the batch as well when one row is left.
 
 All are safe on a functional graph: no node writes to its input, so two names for one value are one value, and
 whether a reshape copies shows nowhere.
@@ -106,11 +108,32 @@ class ReshapeViews(Pass[Backbone, Backbone]):
         return [f"{n.name} is still a view" for n in _views(subject)]
 
 
+class NameSqueezed(Pass[Backbone, Backbone]):
+    """Squeezes name their dimensions."""
+
+    def call(self, subject: Backbone) -> PassResult[Backbone]:
+        if not _squeezes(subject):
+            return PassResult(subject, modified=False)
+        result = replace(subject, graph_module=copy_graph_module(subject.graph_module))
+        for node in _squeezes(result):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            always_one = [d for d, size in enumerate(source.meta["val"].shape) if isinstance(size, int) and size == 1]
+            node.target, node.args = aten.squeeze.dims, (source, always_one)
+        result.graph.lint()
+        result.graph_module.recompile()
+        return PassResult(result, modified=True)
+
+    def ensures(self, subject: Backbone) -> list[str]:
+        return [f"{n.name} squeezes whatever is one" for n in _squeezes(subject)]
+
+
 NORMALISATION: tuple[Pass[Backbone, Backbone], ...] = (
     RemoveAssertions(),
     RemoveIdentities(),
     FoldWeights(),
     ReshapeViews(),
+    NameSqueezed(),
 )
 
 
@@ -119,6 +142,10 @@ def normalise(backbone: Backbone) -> Backbone:
     for step in NORMALISATION:
         backbone = step(backbone).subject
     return backbone
+
+
+def _squeezes(backbone: Backbone) -> list[fx.Node]:
+    return backbone.graph.find_nodes(op="call_function", target=aten.squeeze.default)
 
 
 def _views(backbone: Backbone) -> list[fx.Node]:

@@ -53,8 +53,10 @@ def add(x: torch.Tensor, other: Any, **more: Any) -> torch.Tensor:
     """As `aten.add`. Scaling by a power of two is exact, and beside the scaled number nothing is lost."""
     tiny = isinstance(other, float) and 0 < abs(other) <= _TAKEN_FOR_ZERO and not more
     if not tiny or not x.is_floating_point():
-        return torch.add(x, other, **more)
-    return (x * _SCALE + other * _SCALE) / _SCALE
+        added: torch.Tensor = torch.add(x, other, **more)
+        return added
+    scaled: torch.Tensor = (x * _SCALE + other * _SCALE) / _SCALE
+    return scaled
 
 
 _PROMISES: Mapping[Any, Callable[..., Any]] = {

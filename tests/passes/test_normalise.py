@@ -115,6 +115,24 @@ def test_a_normal_graph_is_left_alone() -> None:
         assert not step(backbone).modified
 
 
+class Squeezed(nn.Module):
+    """A column of scores is squeezed, as PLBart does with its first decoder token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score, self.last = nn.Linear(6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x) + self.score(x).squeeze()[:, None]
+
+
+def test_a_batch_of_one_row_is_not_squeezed_away() -> None:
+    backbone = captured(Squeezed)
+    assert aten.squeeze.default not in targets(backbone)
+    x = rows(5)
+    torch.testing.assert_close(backbone.graph_module(x[:1]), backbone.graph_module(x)[:1])
+
+
 class Picky(Pass[Backbone, Backbone]):
     """Breaks whichever promise it is told to."""
 
