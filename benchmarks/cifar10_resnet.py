@@ -45,9 +45,9 @@ from offramp.compiler import (
     load_weights,
     record,
 )
-from offramp.compiler.distill import tensors
 from offramp.compiler.measure import machine, usable_cores, versions
 from offramp.compiler.package import CERTIFIED
+from offramp.compiler.stream import tensors
 from offramp.passes import find_candidates
 from offramp.runtime.data import fit_rows
 from offramp.runtime.manifest import Manifest

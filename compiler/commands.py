@@ -25,12 +25,13 @@ from .augment import AUGMENTATIONS
 from .capture import bind, capture
 from .compile import compile
 from .demo import train_digits
-from .distill import Training, tensors
+from .distill import Training
 from .emit import ALL_TARGETS, TARGETS
 from .independence import keep_independent
 from .loading import guess_shape, load_model
 from .package import ALL_POLICIES, Options
 from .signature import Signature, parse_dynamic
+from .stream import tensors
 
 _MODEL_HELP = "package.module:callable, or a .pt2 saved by torch.export.save"
 _DATA_HELP = "a .npy, an .npz, a folder of images (with --preprocess) or package.module:callable yielding batches"

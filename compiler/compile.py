@@ -35,13 +35,14 @@ from offramp.runtime.manifest import Certificate, Manifest
 
 from .capture import bind, capture
 from .certify import certified, check_rows
-from .distill import Head, default_heads, distil, tensors
+from .distill import Head, default_heads, distil
 from .emit import plain_model
 from .heads import head_flops
 from .independence import keep_independent
 from .package import CERTIFIED, METRIC, Job, Options, input_specs, pack
 from .record import Recording, calibrate, record
 from .splits import RowSplits, check_splits, split_rows
+from .stream import tensors
 from .thresholds import Costs, Records, Selection, select
 
 _EXAMPLE_ROWS = 8

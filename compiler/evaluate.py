@@ -12,8 +12,8 @@ from offramp.runtime.data import Rows
 from offramp.runtime.manifest import Evaluation, ExitEvaluation
 
 from .capture import bind
-from .distill import batches, tensors
 from .progress import bar
+from .stream import batches, tensors
 
 _BATCH = 128
 

@@ -20,8 +20,9 @@ from offramp.passes.taps import tap
 from offramp.runtime.data import Rows
 
 from .capture import bind
-from .distill import Head, batches, tensors
+from .distill import Head
 from .progress import bar
+from .stream import batches, tensors
 
 _BATCH = 128
 

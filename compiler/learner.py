@@ -1,0 +1,82 @@
+"""A learner: one head in training, with an optimiser, a schedule and the best weights so far of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .stream import LAYOUT, lay_out
+
+_WARM = 20  # the first 1/20 of the steps warms up
+
+
+class Learner:
+    """Trains one head on a stream of `(target [B, K], value [B, ...])` for `steps` steps.
+
+    AdamW under a cosine schedule behind a warm-up. Of all weights it was told to `judge`, it keeps those with the
+    least loss.
+    """
+
+    def __init__(self, module: nn.Module, steps: int, learning_rate: float, weight_decay: float) -> None:
+        lay_out(module, LAYOUT)
+        self.module = module
+        self.steps = max(1, steps)
+        self.optimiser = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
+        self.loss = math.inf  # KL in nats, the least so far
+        self._best = self._weights()
+
+    def _rate(self, step: int) -> float:
+        """A factor of the learning rate."""
+        warm = max(1, self.steps // _WARM)
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, self.steps - warm))))
+
+    def learn(self, target: torch.Tensor, value: torch.Tensor) -> None:
+        """One step on one batch."""
+        self.optimiser.zero_grad(set_to_none=True)
+        divergence(target, self.module(value)).mean().backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        self.schedule.step()
+
+    def judge(self, loss: float) -> None:
+        """Told the loss of the present weights on rows it does not learn from, keep them if they are the best."""
+        if loss < self.loss:
+            self.loss, self._best = loss, self._weights()
+
+    def finished(self) -> nn.Module:
+        """The head with its best weights, frozen, in evaluation mode."""
+        self.module.load_state_dict(self._best)
+        lay_out(self.module, torch.contiguous_format)
+        return self.module.eval().requires_grad_(False)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs, for `torch.save`."""
+        return {
+            "module": self.module.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "best": self._best,
+            "loss": self.loss,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state` of a learner that was made alike."""
+        self.module.load_state_dict(state["module"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self._best, self.loss = state["best"], state["loss"]
+
+
+def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities `[B, K]` of the backbone, logits `[B, K]` of a head -> KL(backbone || head) `[B]`, nats."""
+    return F.kl_div(F.log_softmax(logits, 1), target, reduction="none").sum(1)
