@@ -6,6 +6,9 @@ but a head that pools over tokens does.
 
 `add` of a tiny number: the exporter's optimizer takes a constant within 1e-8 of zero for zero and drops the addition.
 A norm with an epsilon that small then divides nothing by nothing for a token of zeros.
+
+Attention over anything but four dimensions (windows beside heads), and a number less a tensor, have no translation;
+both are the same as something that has.
 """
 
 from __future__ import annotations
@@ -41,12 +44,20 @@ def attention(
     **more: Any,
 ) -> torch.Tensor:
     """As `aten.scaled_dot_product_attention`: `[..., T, D]` attends to `[..., S, D]` under a mask `[..., T, S]`."""
-    result: torch.Tensor = aten.scaled_dot_product_attention.default(query, key, value, attn_mask, *rest, **more)
-    if attn_mask is None:
-        return result
+    given = (query, key, value) if query.dim() == 4 else tuple(_four(part) for part in (query, key, value))
     mask = attn_mask
-    allowed = mask if mask.dtype == torch.bool else mask > -torch.inf
-    return torch.where(allowed.any(-1, keepdim=True), result, 0.0)
+    if mask is not None and query.dim() != 4:
+        mask = _four(mask.expand(*query.shape[:-2], *mask.shape[-2:]))
+    result: torch.Tensor = aten.scaled_dot_product_attention.default(*given, mask, *rest, **more)
+    if mask is not None:
+        allowed = mask if mask.dtype == torch.bool else mask > -torch.inf
+        result = torch.where(allowed.any(-1, keepdim=True), result, 0.0)
+    return result.reshape(*query.shape[:-1], value.shape[-1]) if query.dim() != 4 else result
+
+
+def _four(x: torch.Tensor) -> torch.Tensor:
+    """`[..., H, T, D]` as `[N, H, T, D]`, `[H, T, D]` as `[1, H, T, D]`."""
+    return x[None] if x.dim() == 3 else x.reshape(-1, *x.shape[-3:])
 
 
 def add(x: torch.Tensor, other: Any, **more: Any) -> torch.Tensor:
@@ -59,7 +70,13 @@ def add(x: torch.Tensor, other: Any, **more: Any) -> torch.Tensor:
     return scaled
 
 
+def rsub(x: torch.Tensor, other: float, alpha: float = 1) -> torch.Tensor:
+    """As `aten.rsub.Scalar`: other - alpha x."""
+    return (x if alpha == 1 else x * alpha).neg() + other
+
+
 _PROMISES: Mapping[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: attention,
     aten.add.Tensor: add,
+    aten.rsub.Scalar: rsub,
 }

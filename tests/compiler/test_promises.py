@@ -70,3 +70,53 @@ def test_a_tiny_number_added_is_not_nothing(epsilon: float) -> None:
         np.testing.assert_allclose(
             session.run(None, {"x": x.numpy()})[0], torch.softmax(model(x), 1).numpy(), rtol=1e-4, atol=1e-6
         )
+
+
+class Blocks(nn.Module):
+    """Attention within blocks beside heads, as NesT does it, and once with the heads folded into the batch."""
+
+    def __init__(self, dimensions: int, masked: bool) -> None:
+        super().__init__()
+        self.mix, self.last = nn.Linear(4, 12), nn.Linear(4, 3)
+        self.shape = {3: (4,), 5: (2, 2, 1)}[dimensions]
+        self.register_buffer("seen", torch.ones(TOKENS, TOKENS).tril().bool() if masked else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.mix(x)[:, None].expand(-1, 4, -1, -1).unflatten(1, self.shape).chunk(3, dim=-1)
+        if len(self.shape) == 1:
+            query, key, value = (part.flatten(0, 1) for part in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=self.seen)
+        return self.last(attended.reshape(x.size(0), -1, 4).mean(1))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dimensions", [3, 5])
+def test_attention_over_any_number_of_dimensions(dimensions: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    model = Blocks(dimensions, masked).eval()
+    x = torch.randn(8, TOKENS, 4, generator=torch.Generator().manual_seed(1))
+    session = ort.InferenceSession(backbone_model(captured(model, x=x)).proto, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            session.run(None, {"x": x.numpy()})[0], torch.softmax(model(x), 1).numpy(), atol=1e-5
+        )
+
+
+class Less(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.rsub(x, 2.0) + torch.rsub(x, 0.5, alpha=3.0))
+
+
+def test_a_number_less_a_tensor() -> None:
+    torch.manual_seed(0)
+    model = Less().eval()
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    session = ort.InferenceSession(backbone_model(captured(model, x=x)).proto, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            session.run(None, {"x": x.numpy()})[0], torch.softmax(model(x), 1).numpy(), atol=1e-5
+        )
