@@ -39,13 +39,16 @@ from .distill import Head, default_heads, distil
 from .emit import plain_model
 from .heads import head_flops
 from .independence import keep_independent
+from .memory import groups
 from .package import CERTIFIED, METRIC, Job, Options, input_specs, pack
 from .record import Recording, calibrate, record
+from .search import NONE, Found, search_heads
 from .splits import RowSplits, check_splits, split_rows
 from .stream import tensors
 from .thresholds import Costs, Records, Selection, select
 
 _EXAMPLE_ROWS = 8
+_MARGIN = 0.05  # by which a head's loss must be under that of a constant answer
 
 Say = Callable[[str], None]
 
@@ -97,12 +100,10 @@ def compile(
     if options.policy == CERTIFIED:
         check_rows(len(splits.certify), options.tolerance, options.delta)
     kept = work or out.absolute().with_name(out.name + ".work")
-    configs = default_heads(backbone, candidates)
-    heads = distil(
-        backbone, candidates, configs, rows, learn=splits.distil, validate=splits.calibrate,
-        training=options.training, seed=options.seed, checkpoint=kept / "heads.pt", report=say,
-    )  # fmt: skip
-    temperatures = calibrate(record(backbone, heads, rows, splits.calibrate, "calibrate"))
+    heads = train(backbone, candidates, rows, splits, options, kept, say)
+    calibration = record(backbone, heads, rows, splits.calibrate, "calibrate")
+    heads, calibration = keep_beyond_chance(backbone, heads, calibration, say)
+    temperatures = calibrate(calibration)
     recorded = {
         part: records(record(backbone, heads, rows, getattr(splits, part), part), temperatures)
         for part in ("select", "certify", "test")
@@ -159,6 +160,55 @@ def choose_candidates(backbone: Backbone, found: Candidates, limit: int) -> tupl
     depths = np.array([c.flops_before for c in found.kept])
     wanted = np.linspace(depths[0], depths[-1], limit + 2)[1:-1]
     return tuple(found.kept[i] for i in sorted({int(np.abs(depths - w).argmin()) for w in wanted}))
+
+
+def train(
+    backbone: Backbone, candidates: Sequence[Candidate], rows: Rows, splits: RowSplits, options: Options, folder: Path,
+    say: Say = lambda line: None,
+) -> tuple[Head, ...]:  # fmt: skip
+    """A trained head for every candidate, of the default kind or as a search finds; checkpoints lie in `folder`."""
+    training, search = options.training, options.search
+    share = -(-search.trials // search.waves) + 1 if search.engine != NONE else 1
+    heads: list[Head] = []
+    parts = groups(backbone, candidates, training.batch, share, options.memory_budget)
+    if len(parts) > 1:
+        say(f"the memory budget takes the {len(candidates)} candidates in {len(parts)} groups, one after the other")
+    for index, group in enumerate(parts):
+        found = Found(default_heads(backbone, group), {}, ())
+        if search.engine != NONE:
+            found = search_heads(
+                backbone, group, rows, learn=splits.distil, select=splits.select, tolerance=options.tolerance,
+                search=search, training=training, seed=options.seed, folder=folder / f"search{index}", report=say,
+            )  # fmt: skip
+        heads += distil(
+            backbone, group, found.configs, rows, learn=splits.distil, validate=splits.calibrate, training=training,
+            seed=options.seed, rates=found.rates, checkpoint=folder / f"heads{index}.pt", report=say,
+        )  # fmt: skip
+    return tuple(heads)
+
+
+def keep_beyond_chance(
+    backbone: Backbone, heads: Sequence[Head], recording: Recording, say: Say
+) -> tuple[tuple[Head, ...], Recording]:
+    """Drop the heads that tell hardly more of the backbone's answers than one answer for all rows does.
+
+    Hardly: their divergence on the validation rows, which `recording` is of, is not below that of the mean answer by
+    a twentieth. Raises `NoCandidateError` when no head is left.
+    """
+    answers = recording.backbone.astype(np.float64)
+    mean = answers.mean(0)
+    constant = float(np.where(answers > 0, answers * np.log(np.maximum(answers, 1e-300) / mean), 0.0).sum(1).mean())
+    kept = [index for index, head in enumerate(heads) if head.loss < (1 - _MARGIN) * constant]
+    for index, head in enumerate(heads):
+        if index not in kept:
+            told = f"{head.loss:.3g} nats from the backbone's answers, one answer for all rows {constant:.3g}"
+            say(f"dropped {head.candidate.place}: its head learned hardly anything ({told})")
+    if not kept:
+        raise NoCandidateError(
+            f"no head of {backbone.name} learned more than one answer for all of {len(answers)} rows would tell; give "
+            "more rows or epochs, or rows that the model answers differently"
+        )
+    return tuple(heads[i] for i in kept), Recording(recording.logits[kept], recording.backbone)
 
 
 def choose_exits(

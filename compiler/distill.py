@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,17 +21,14 @@ from torch import nn
 
 from offramp.passes import Backbone, Candidate, row_shape
 from offramp.runtime.data import Rows
-from offramp.runtime.errors import StorageError, UsageError
+from offramp.runtime.errors import UsageError
 
 from .augment import default_augmentation, find_augmentation
+from .checkpoint import load_state, make_folder, save_state
 from .heads import HeadConfig, Shape, build_head, default_head
 from .learner import Learner, divergence
 from .progress import bar
-from .quiet import quiet
 from .stream import Observed, Stream, mix
-
-# What torch.load raises for bytes that no torch.save wrote.
-_UNREADABLE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, pickle.PickleError)
 
 
 @dataclass(frozen=True)
@@ -175,13 +170,9 @@ class _Trainer:
 
     def fingerprint(self) -> str:
         """What the checkpoint belongs to: backbone, heads, rows, settings, seed."""
-        digest = hashlib.sha256(self.backbone.fingerprint().encode())
+        digest = hashlib.sha256(job_fingerprint(self.stream, self.learn, self.validate).encode())
         configs = {c.name: [self.configs[c.name].family, dict(self.configs[c.name].settings)] for c in self.candidates}
         digest.update(repr((configs, dict(self.rates), asdict(self.training), self.seed)).encode())
-        digest.update(self.learn.tobytes() + self.validate.tobytes())
-        some = self.learn[:: max(1, len(self.learn) // 64)]
-        for name, array in self.data.take(some).items():
-            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
     def save(self, path: Path, epochs: int) -> None:
@@ -202,6 +193,17 @@ class _Trainer:
         return int(state["epochs"])
 
 
+def job_fingerprint(stream: Stream, *parts: np.ndarray) -> str:
+    """Backbone and row indices in full, of the rows themselves some: enough to tell jobs apart."""
+    digest = hashlib.sha256(stream.backbone.fingerprint().encode())
+    for part in parts:
+        digest.update(part.tobytes())
+    some = parts[0][:: max(1, len(parts[0]) // 64)]
+    for name, array in stream.data.take(some).items():
+        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
 def fresh_head(config: HeadConfig, shape: Shape, classes: int, seed: int) -> nn.Module:
     """A head with weights of its own seed."""
     with torch.random.fork_rng(devices=[]):
@@ -220,40 +222,3 @@ def mean_losses(learners: Sequence[Learner], observed: Iterable[Observed]) -> li
             for index, (learner, value) in enumerate(zip(learners, batch.values, strict=True)):
                 total[index] += float(divergence(batch.target, learner.module(value)).sum())
     return list((total / rows).tolist())
-
-
-def save_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint whole or not at all. Raises `StorageError`."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        torch.save(state, partial)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
-        raise StorageError(f"{path}: heads in training could not be kept ({_reason(error)}); free space") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_state(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The checkpoint at `path` if it is one and of this very job; an unreadable one only costs time."""
-    if not path.is_file():
-        return None
-    try:
-        with quiet():
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE:
-        return None
-    return state if isinstance(state, dict) and state.get("fingerprint") == fingerprint else None
-
-
-def make_folder(folder: Path) -> None:
-    """Before training rather than after an epoch of it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be made ({_reason(error)}); choose another output") from error
-
-
-def _reason(error: Exception) -> str:
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(said).splitlines()[0][:200]

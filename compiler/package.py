@@ -43,6 +43,7 @@ from .emit.torchscript import ScriptSession
 from .equivalence import compare, require
 from .evaluate import evaluate, head_costs, run_program
 from .report import render_report
+from .search import Search
 from .signature import Signature
 from .splits import RowSplits
 from .thresholds import POLICIES, Costs, Records, Selection
@@ -63,7 +64,9 @@ class Options:
     seed: int = 0
     targets: tuple[str, ...] = TARGETS
     training: Training = field(default_factory=Training)
+    search: Search = field(default_factory=Search)  # for heads; none unless asked for
     limits: Limits = field(default_factory=Limits)
+    memory_budget: int | None = None  # bytes that training may take beside the model and the data; None: no bound
     max_candidates: int = 12  # more are thinned out evenly along the backbone's compute
     threads: int | None = None  # to measure with; None: the cores this process may use
     rounds: int = measure.ROUNDS
@@ -81,6 +84,8 @@ class Options:
             raise UsageError(f"delta {self.delta} is not a probability; give a number between 0 and 1, such as 0.05")
         if self.seed < 0:
             raise UsageError(f"seed {self.seed} is negative; give 0 or more")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise UsageError(f"a memory budget of {self.memory_budget} bytes holds nothing; give more, or none")
         if self.max_candidates < 1:
             raise UsageError(f"at most {self.max_candidates} candidates leaves none; give 1 or more")
         check_targets(self.targets)

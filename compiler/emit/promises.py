@@ -9,11 +9,15 @@ A norm with an epsilon that small then divides nothing by nothing for a token of
 
 Attention over anything but four dimensions (windows beside heads), and a number less a tensor, have no translation;
 both are the same as something that has.
+
+`pad` with zeros before a max pool: ONNX Runtime merges the two into a pool with padding of its own, which is minus
+infinity, so where a map is negative at its border the answer changes (seen with 1.31; BiT). Joining zeros to the map
+leaves it nothing to merge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +34,8 @@ def keep_promises(module: fx.GraphModule) -> fx.GraphModule:
     """A copy, over the same weights, whose translation gives what `module` gives."""
     kept = copy_graph_module(module)
     for node in kept.graph.nodes:
+        if node.target in _PADS and any(user.target in _MAX_POOLS for user in node.users):
+            node.target = joined
         node.target = _PROMISES.get(node.target, node.target)
     kept.recompile()
     return kept
@@ -75,6 +81,31 @@ def rsub(x: torch.Tensor, other: float, alpha: float = 1) -> torch.Tensor:
     return (x if alpha == 1 else x * alpha).neg() + other
 
 
+def joined(x: torch.Tensor, pads: Sequence[int], *rest: Any, **more: Any) -> torch.Tensor:
+    """As `aten.pad` and `aten.constant_pad_nd` with a constant, by concatenation."""
+    mode, value = _mode_and_value(*rest, **more)
+    if mode != "constant" or min(pads) < 0:
+        return torch.nn.functional.pad(x, list(pads), mode, value)
+    for index in range(len(pads) // 2):
+        dimension = x.dim() - 1 - index
+        sides = []
+        for size in pads[2 * index : 2 * index + 2]:
+            shape = [*x.shape[:dimension], size, *x.shape[dimension + 1 :]]
+            sides.append(torch.full(shape, value or 0.0, dtype=x.dtype))
+        x = torch.cat([sides[0], x, sides[1]], dimension)
+    return x
+
+
+def _mode_and_value(*rest: Any, mode: str = "constant", value: float | None = None) -> tuple[str, float | None]:
+    """`pad` takes a mode and a value, `constant_pad_nd` a value alone."""
+    given = list(rest)
+    if given and isinstance(given[0], str):
+        mode = given.pop(0)
+    return mode, (given[0] if given else value)
+
+
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
+_MAX_POOLS = (aten.max_pool2d.default, aten.max_pool2d_with_indices.default, aten.max_pool1d.default)
 _PROMISES: Mapping[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: attention,
     aten.add.Tensor: add,

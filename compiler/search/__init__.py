@@ -1,5 +1,20 @@
 """Head search: engines propose, all proposed heads of all candidates learn from one stream, the better half goes on."""
 
 from .engine import ENGINES, Engine, Proposal, RandomEngine, check_space, make_engine
+from .objective import saved_at, worth
+from .waves import NONE, Found, Search, search_heads
 
-__all__ = ["ENGINES", "Engine", "Proposal", "RandomEngine", "check_space", "make_engine"]
+__all__ = [
+    "ENGINES",
+    "NONE",
+    "Engine",
+    "Found",
+    "Proposal",
+    "RandomEngine",
+    "Search",
+    "check_space",
+    "make_engine",
+    "saved_at",
+    "search_heads",
+    "worth",
+]

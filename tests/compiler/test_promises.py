@@ -120,3 +120,27 @@ def test_a_number_less_a_tensor() -> None:
         np.testing.assert_allclose(
             session.run(None, {"x": x.numpy()})[0], torch.softmax(model(x), 1).numpy(), atol=1e-5
         )
+
+
+class Pooled(nn.Module):
+    """BiT's stem: a map, negative at its border as well, padded with a number and pooled."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.stem, self.value, self.last = nn.Conv2d(1, 4, 3), value, nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(self.stem(x) - 2.0, (1, 1, 0, 2), value=self.value)
+        return self.last(F.max_pool2d(padded, 3, 2).mean(3).flatten(1))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_padded_map_is_pooled_with_its_padding(value: float) -> None:
+    torch.manual_seed(0)
+    model = Pooled(value).eval()
+    x = torch.randn(8, 1, 9, 9, generator=torch.Generator().manual_seed(1))
+    session = ort.InferenceSession(backbone_model(captured(model, x=x)).proto, providers=["CPUExecutionProvider"])
+    for count in (1, 8):
+        with torch.no_grad():
+            found = session.run(None, {"x": x[:count].numpy()})[0]
+            np.testing.assert_allclose(found, torch.softmax(model(x[:count]), 1).numpy(), atol=1e-5)

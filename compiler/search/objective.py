@@ -1,0 +1,32 @@
+"""What a head is worth: the compute an exit of it alone would save at the tolerance, its own price included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..joint import column
+
+AROUND = (0.5, 1.0, 2.0)  # times the tolerance: one alone hangs on the few rows next to its threshold
+
+
+def worth(
+    confidence: NDArray[np.float32], agrees: NDArray[np.bool_], after: float, price: float, tolerance: float
+) -> float:
+    """Expected share of the backbone's compute that an exit saves, mean over tolerances around the one asked for.
+
+    `confidence` [rows] and `agrees` [rows] of one head; `after`, the share of the compute that lies behind it, is
+    saved by the rows that may leave (Eq. 3: as many of the most confident as keep disagreement within the tolerance);
+    `price`, the head's own share, is paid by all.
+    """
+    return float(np.mean(saved_at(confidence, agrees, after, price, [a * tolerance for a in AROUND])))
+
+
+def saved_at(
+    confidence: NDArray[np.float32], agrees: NDArray[np.bool_], after: float, price: float, tolerances: Sequence[float]
+) -> list[float]:
+    """The same for each of some tolerances; never less than 0, for an exit that costs more is left out."""
+    entry = column(confidence, (~agrees).astype(np.float64))
+    return [max(0.0, entry.longest(t) / len(confidence) * after - price) for t in tolerances]

@@ -1,0 +1,271 @@
+"""The search: waves of trials, all of a wave on one stream, the better half of each candidate's going on.
+
+    wave 1   the default head of every candidate, and what the engine proposes without having heard anything
+             all learn for half of the epochs; each is scored on the selection rows; the worse half is dropped
+             the rest learn to the end and are scored again; the engine is told how much better than the
+             default head each was
+    wave 2   ... proposals that know of wave 1; the same rows, augmented the same way, are read from disk
+
+A family has one engine for all its candidates: its space speaks of shares of compute, so what is learned at one
+depth tells of another. Interrupted after an epoch, the search goes on from its checkpoint: engines are asked and
+told again what they were, which costs nothing, and the trials of the wave under way are restored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from offramp.passes import Backbone, Candidate
+from offramp.runtime.data import Rows
+from offramp.runtime.errors import UsageError
+
+from ..augment import default_augmentation, find_augmentation
+from ..checkpoint import load_state, make_folder, save_state
+from ..distill import Training, fresh_head, job_fingerprint
+from ..heads import FAMILIES, HeadConfig, Space, search_space
+from ..learner import Learner
+from ..progress import bar
+from ..stream import Kept, Stream, mix
+from .engine import ENGINES, Engine, Proposal, check_space, make_engine
+from .trial import Place, Trial, better_half, learning_rate, places, score
+
+NONE = "none"
+CHECKPOINT = "search.pt"
+
+
+@dataclass(frozen=True)
+class Search:
+    """How heads are searched; `engine` "none" takes the default heads."""
+
+    engine: str = NONE
+    trials: int = 8  # per candidate, beside its default head
+    waves: int = 2
+    epochs: int = 6  # that the better half of a wave learns for
+    spaces: Mapping[str, Space] = field(default_factory=dict)  # by family, in place of the family's own
+    kept_bytes: int = 2 << 30  # of values on disk, for batches that are read again
+
+    def __post_init__(self) -> None:
+        if self.engine not in (NONE, *ENGINES):
+            raise UsageError(f"search engine {self.engine!r} is unknown; use one of {', '.join((NONE, *ENGINES))}")
+        if not 1 <= self.waves <= self.trials:
+            raise UsageError(f"{self.trials} trials in {self.waves} waves; give 1 wave or more, and a trial for each")
+        if self.epochs < 2:
+            raise UsageError(
+                f"{self.epochs} epochs of search; give 2 or more, for half of them come before the halving"
+            )
+        if self.kept_bytes < 0:
+            raise UsageError(f"{self.kept_bytes} bytes of kept values; give 0 or more")
+        for name, space in self.spaces.items():
+            if name not in FAMILIES:
+                raise UsageError(f"search space for head family {name!r}, which is none of {', '.join(FAMILIES)}")
+            check_space(space)
+            if missing := set(FAMILIES[name].space) - set(space):
+                raise UsageError(
+                    f"search space of {name} lacks {', '.join(sorted(missing))}; start from `offramp space`"
+                )
+
+
+@dataclass(frozen=True)
+class Found:
+    """The head of every candidate, by candidate name, and what was tried on the way."""
+
+    configs: Mapping[str, HeadConfig]
+    rates: Mapping[str, float]
+    trials: tuple[Mapping[str, Any], ...]  # see `Trial.record`
+
+
+def search_heads(
+    backbone: Backbone,
+    candidates: Sequence[Candidate],
+    data: Rows,
+    *,
+    learn: np.ndarray,
+    select: np.ndarray,
+    tolerance: float,
+    search: Search,
+    training: Training,
+    seed: int,
+    folder: Path,
+    report: Callable[[str], None] = lambda line: None,
+) -> Found:
+    """The best head found for every candidate.
+
+    `learn` are the row indices that heads learn from, `select` those that score them. In `folder` lie the checkpoint
+    and, while the search runs, kept values. Same arguments, same heads, interrupted or not.
+    """
+    searcher = _Searcher(backbone, candidates, data, learn, select, tolerance, search, training, seed, folder, report)
+    return searcher.run()
+
+
+class _Searcher:
+    """The state of one search: engines, finished waves, and the wave under way."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        candidates: Sequence[Candidate],
+        data: Rows,
+        learn: np.ndarray,
+        select: np.ndarray,
+        tolerance: float,
+        search: Search,
+        training: Training,
+        seed: int,
+        folder: Path,
+        report: Callable[[str], None],
+    ) -> None:
+        name = training.augment or default_augmentation(backbone.inputs)
+        self.search, self.training, self.seed, self.tolerance = search, replace(training, augment=name), seed, tolerance
+        self.learn, self.select, self.folder, self.report = learn, select, folder, report
+        self.stream = Stream(backbone, candidates, data, training.batch, find_augmentation(name), seed)
+        self.places = places(backbone, candidates)
+        self.halfway = search.epochs // 2
+        self.finished: list[list[dict[str, Any]]] = []  # records by wave
+        self.baselines: dict[tuple[int, int], float] = {}  # (candidate, epochs) -> the default head's score
+        self.fingerprint = self._fingerprint()
+
+    def run(self) -> Found:
+        make_folder(self.folder)
+        self.engines = self._started()
+        under_way = self._resume()
+        kept = Kept(self.stream, self.folder / "values", self.search.kept_bytes)
+        try:
+            for wave in range(len(self.finished), self.search.waves):
+                trials = self._proposed(wave)
+                self._learn(trials, kept, under_way)
+                under_way = None
+                self._finish(trials)
+                self._save(None)
+        finally:
+            shutil.rmtree(self.folder / "values", ignore_errors=True)
+        return self._found()
+
+    def _started(self) -> dict[str, Engine]:
+        make = make_engine(self.search.engine, self.report)
+        engines = {}
+        for index, family in enumerate(dict.fromkeys(place.family for place in self.places)):
+            engines[family] = make()
+            engines[family].start(self.search.spaces.get(family, search_space(family)), mix(self.seed, index) % 2**31)
+        return engines
+
+    def _resume(self) -> Mapping[str, Any] | None:
+        """Bring engines and records to where the checkpoint left them -> the wave that was under way, if one was."""
+        state = load_state(self.folder / CHECKPOINT, self.fingerprint)
+        if state is None:
+            return None
+        for records in state["finished"]:
+            trials = self._proposed(len(self.finished))
+            for trial, record in zip(trials, records, strict=True):
+                trial.scores = record["scores"]
+            self._finish(trials)
+        under_way: Mapping[str, Any] | None = state["wave"]
+        epochs = f" and {under_way['epoch']} epochs" if under_way else ""
+        self.report(f"search goes on after {len(self.finished)} waves{epochs}")
+        return under_way
+
+    def _proposed(self, wave: int) -> list[Trial]:
+        """The trials of a wave. Asked again after a restart, the engines propose the same."""
+        count, more = divmod(self.search.trials, self.search.waves)
+        trials = []
+        for place in self.places:
+            proposals: list[Proposal | None] = [None] if wave == 0 else []
+            asked = (self.engines[place.family].ask() for _ in range(count + (wave < more)))
+            proposals += [proposal for proposal in asked if proposal is not None]
+            trials += [self._trial(place, proposal, wave * 1000 + i) for i, proposal in enumerate(proposals)]
+        return trials
+
+    def _trial(self, place: Place, proposal: Proposal | None, number: int) -> Trial:
+        config = place.config(proposal)
+        rate = learning_rate(proposal, self.training.learning_rate)
+        steps = len(self.stream.shuffled(self.learn, 0)) * self.search.epochs
+        module = fresh_head(config, place.shape, place.classes, mix(mix(self.seed, place.index), number))
+        learner = Learner(module, steps, rate, self.training.weight_decay)
+        after = place.candidate.flops_after / place.total if place.total else 0.0
+        return Trial(place.index, config, rate, proposal, learner, after, place.price(config))
+
+    def _learn(self, trials: Sequence[Trial], kept: Kept, under_way: Mapping[str, Any] | None) -> None:
+        """Take a wave from its first epoch, or from where it was left, to its last."""
+        alive, first = list(trials), 0
+        if under_way is not None:
+            alive, first = restored(trials, under_way["trials"]), int(under_way["epoch"])
+        for epoch in range(first, self.search.epochs):
+            self._learn_epoch(epoch, alive, kept)
+            if epoch + 1 in (self.halfway, self.search.epochs):
+                score(alive, kept.plain("select", self.select), self.tolerance, epoch + 1)
+            if epoch + 1 == self.halfway:
+                alive = better_half(alive)
+            self._save({"epoch": epoch + 1, "trials": states(trials, alive)})
+
+    def _learn_epoch(self, epoch: int, alive: Sequence[Trial], kept: Kept) -> None:
+        for trial in alive:
+            trial.learner.module.train()
+        where = f"wave {len(self.finished) + 1}/{self.search.waves} epoch {epoch + 1}/{self.search.epochs}"
+        pieces = len(self.stream.shuffled(self.learn, epoch))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix(self.seed, epoch + 3_000_003))
+            for observed in bar(kept.epoch(self.learn, epoch), f"search {where}, {len(alive)} heads", pieces):
+                for trial in alive:
+                    trial.learner.learn(observed.target, observed.values[trial.candidate])
+
+    def _finish(self, trials: Sequence[Trial]) -> None:
+        """Tell the engines by how much each trial beat its candidate's default head after as many epochs."""
+        for trial in trials:
+            if trial.proposal is None:
+                self.baselines.update(((trial.candidate, epochs), found) for epochs, found in trial.scores.items())
+        for trial in trials:
+            if trial.proposal is not None:
+                gain = trial.score - self.baselines[trial.candidate, trial.epochs]
+                self.engines[self.places[trial.candidate].family].tell(trial.proposal, gain)
+        self.finished.append([trial.record() for trial in trials])
+
+    def _found(self) -> Found:
+        """Of those that learned to the end the best at every candidate; of equals the earlier, the default first."""
+        records = [record for wave in self.finished for record in wave]
+        configs, rates, other = {}, {}, 0
+        for place in self.places:
+            whole = [r for r in records if r["candidate"] == place.index and self.search.epochs in r["scores"]]
+            best = max(whole, key=lambda r: r["scores"][self.search.epochs])
+            configs[place.candidate.name] = HeadConfig(best["family"], best["settings"])
+            rates[place.candidate.name] = best["rate"]
+            other += not best["default"]
+        self.report(
+            f"searched {len(records)} heads at {len(self.places)} candidates; {other} take another than the default one"
+        )
+        return Found(configs, rates, tuple(records))
+
+    def _fingerprint(self) -> str:
+        """What the checkpoint belongs to: everything the search is asked to do."""
+        told = (asdict(self.search), asdict(self.training), self.seed, self.tolerance, sorted(FAMILIES))
+        digest = hashlib.sha256(job_fingerprint(self.stream, self.learn, self.select).encode())
+        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+        digest.update(repr([place.candidate.name for place in self.places]).encode())
+        return digest.hexdigest()
+
+    def _save(self, under_way: Mapping[str, Any] | None) -> None:
+        state = {"fingerprint": self.fingerprint, "finished": self.finished, "wave": under_way}
+        save_state(state, self.folder / CHECKPOINT)
+
+
+def states(trials: Sequence[Trial], alive: Sequence[Trial]) -> list[dict[str, Any]]:
+    """What `restored` needs of every trial."""
+    return [{"scores": dict(t.scores), "learner": t.learner.state() if t in alive else None} for t in trials]
+
+
+def restored(trials: Sequence[Trial], kept: Sequence[Mapping[str, Any]]) -> list[Trial]:
+    """Trials made anew, in place as they were -> those that were still learning."""
+    alive = []
+    for trial, state in zip(trials, kept, strict=True):
+        trial.scores = dict(state["scores"])
+        if state["learner"] is not None:
+            trial.learner.restore(state["learner"])
+            alive.append(trial)
+    return alive

@@ -1,0 +1,308 @@
+"""Head search: every head of a space can be built and emitted, trials share a stream, a restart changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Chain, captured
+
+from offramp.compiler import FAMILIES, Training, build_head
+from offramp.compiler.augment import identity
+from offramp.compiler.emit.translate import Example, to_onnx
+from offramp.compiler.heads import (
+    COST,
+    Family,
+    Settings,
+    Shape,
+    Space,
+    configure,
+    default_head,
+    families_for,
+    head_flops,
+    register_family,
+    search_space,
+)
+from offramp.compiler.learner import Learner
+from offramp.compiler.search import Found, Search, saved_at, search_heads, worth
+from offramp.compiler.stream import Kept, Stream
+from offramp.passes import Backbone, Candidate, find_candidates
+from offramp.runtime.data import ArrayRows
+from offramp.runtime.errors import UsageError
+
+SEARCH = Search(engine="tpe", trials=3, waves=2, epochs=2)
+TRAINING = Training(epochs=3, batch=32)
+LEARN, SELECT = np.arange(200), np.arange(200, 300)
+
+
+def drawn(space: Space) -> st.SearchStrategy[Mapping[str, Any]]:
+    """Any one choice of each entry."""
+    kinds = {
+        key: st.sampled_from(entry["_value"]) if entry["_type"] == "choice" else st.floats(*entry["_value"])
+        for key, entry in space.items()
+    }
+    return st.fixed_dictionaries(kinds)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (7, 9, 5), (16, 1, 1), (4, 2, 11), (5, 24), (197, 33), (17,)])
+def test_every_head_of_a_space_reads_its_value_and_keeps_its_price(shape: Shape) -> None:
+    family = families_for(shape)[0]
+
+    @given(drawn(search_space(family)), st.sampled_from([1e4, 1e6, 1e8]))
+    @settings(max_examples=25, deadline=None)
+    def check(choices: Mapping[str, Any], flops: float) -> None:
+        config = configure(family, shape, 7, flops, choices)
+        head = build_head(config, shape, 7).eval()
+        assert head(torch.randn(2, *shape)).shape == (2, 7)
+        assert config.describe()
+        narrowest = configure(family, shape, 7, 0.0, choices)
+        assert config == narrowest or head_flops(config, shape, 7) <= choices[COST] * flops
+
+    check()
+
+
+class Called(torch.nn.Module):
+    """As a stage calls its head: with a list of values."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor:
+        return self.head(values[0])
+
+
+@pytest.mark.parametrize("shape", [(6, 12, 12), (4, 2, 6), (5, 24), (17,)])
+def test_every_kind_of_head_has_a_form_in_onnx(shape: Shape) -> None:
+    family = families_for(shape)[0]
+    space = search_space(family)
+    longest = max(len(entry["_value"]) for entry in space.values() if entry["_type"] == "choice")
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    for turn in range(longest):
+        choices = {k: e["_value"][turn % len(e["_value"])] for k, e in space.items()}
+        torch.manual_seed(turn)
+        head = build_head(configure(family, shape, 4, 1e5, choices), shape, 4).eval()
+        model = to_onnx(Called(head), [Example("x", x, ())], ["logits"])
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        for rows in (1, 3):
+            with torch.no_grad():
+                found = session.run(None, {"x": x[:rows].numpy()})[0]
+                np.testing.assert_allclose(found, head(x[:rows]).numpy(), atol=1e-5)
+
+
+def test_a_head_over_a_size_that_varies_fixes_none() -> None:
+    choices = {k: e["_value"][-1] for k, e in search_space("conv").items()}
+    assert configure("conv", (4, 8, 8), 3, 1e6, choices).settings["grid"] == 4
+    free = configure("conv", (4, 8, 8), 3, 1e6, choices, varies=True)
+    assert free.settings["grid"] == 1
+    assert build_head(free, (4, 8, 8), 3).eval()(torch.randn(2, 4, 11, 5)).shape == (2, 3)
+
+
+def test_a_family_of_ones_own_is_searched_and_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(shape: Shape, width: int, choices: Settings) -> Settings:
+        return {"bias": choices["bias"]}
+
+    plain = Family(
+        rank=2,
+        build=lambda shape, classes, given: torch.nn.Linear(shape[0], classes, bias=given["bias"]),
+        default=lambda shape, width: {"bias": True},
+        describe=lambda given: "linear",
+        space={"bias": {"_type": "choice", "_value": [True, False]}},
+        chosen=chosen,
+    )
+    monkeypatch.setattr("offramp.compiler.heads.family.FAMILIES", {})
+    register_family("linear", plain)
+    assert default_head((6,), 3, 1e6).family == "linear"
+    config = configure("linear", (6,), 3, 1e6, {"bias": False, COST: 0.01})
+    assert build_head(config, (6,), 3).bias is None
+    with pytest.raises(UsageError, match="'linear' is registered already"):
+        register_family("linear", plain)
+    with pytest.raises(UsageError, match="lacks bias"):
+        configure("linear", (6,), 3, 1e6, {COST: 0.01})
+
+
+def test_worth_is_the_compute_saved_less_the_price() -> None:
+    sure = np.linspace(1, 0, 100, dtype=np.float32)
+    agrees = np.ones(100, bool)
+    agrees[60:] = False
+    assert saved_at(sure, agrees, 0.8, 0.05, [0.0, 0.02, 1.0]) == pytest.approx(
+        [0.6 * 0.8 - 0.05, 0.62 * 0.8 - 0.05, 0.75]
+    )
+    assert saved_at(sure, ~agrees, 0.8, 0.05, [0.0]) == [0.0], "an exit that costs more than it saves is left out"
+    assert worth(sure, agrees, 0.8, 0.05, 0.02) == pytest.approx((0.61 + 0.62 + 0.64) / 3 * 0.8 - 0.05)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return captured(Chain)
+
+
+@pytest.fixture(scope="module")
+def candidates(backbone: Backbone) -> tuple[Candidate, ...]:
+    return find_candidates(backbone).kept
+
+
+@pytest.fixture(scope="module")
+def data() -> ArrayRows:
+    return ArrayRows({"x": np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)})
+
+
+def stream(backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows) -> Stream:
+    return Stream(backbone, candidates, data, 32, identity, 0)
+
+
+def count_passes(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    passes: list[int] = []
+    observe = stream.observe
+
+    def counted(batch: Mapping[str, torch.Tensor]) -> Any:
+        passes.append(len(next(iter(batch.values()))))
+        return observe(batch)
+
+    monkeypatch.setattr(stream, "observe", counted)
+    return passes
+
+
+@pytest.mark.parametrize("budget", [0, 30_000, 10**9])
+def test_kept_values_are_read_again_and_are_the_same_within_and_past_the_budget(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, tmp_path: Path, budget: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    source = stream(backbone, candidates, data)
+    passes = count_passes(source, monkeypatch)
+    kept = Kept(source, tmp_path / "values", budget)
+    turns = []
+    for _ in range(2):
+        passes.clear()
+        turns.append([list(kept.epoch(LEARN, e)) for e in range(3)] + [list(kept.plain("select", SELECT))])
+        rows = sum(passes)
+        if len(turns) == 1:
+            assert rows == 700
+        else:
+            assert rows == {0: 700, 30_000: rows, 10**9: 0}[budget]
+            assert budget != 30_000 or 0 < rows < 700
+    for one, two in zip(*turns, strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert torch.equal(a.target, b.target)
+            assert all(torch.equal(v, w) for v, w in zip(a.values, b.values, strict=True))
+    held = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
+    assert held <= budget
+
+
+def searched(
+    backbone: Backbone, candidates: tuple[Candidate, ...], rows: ArrayRows, folder: Path,
+    search: Search = SEARCH, seed: int = 0, said: list[str] | None = None,
+) -> Found:  # fmt: skip
+    return search_heads(
+        backbone, candidates, rows, learn=LEARN, select=SELECT, tolerance=0.05, search=search, training=TRAINING,
+        seed=seed, folder=folder, report=(said if said is not None else []).append,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, tmp_path_factory: pytest.TempPathFactory
+) -> Found:
+    return searched(backbone, candidates, data, tmp_path_factory.mktemp("whole"))
+
+
+def test_every_candidate_gets_a_head_and_half_of_a_wave_goes_on(
+    whole: Found, candidates: tuple[Candidate, ...]
+) -> None:
+    assert set(whole.configs) == set(whole.rates) == {c.name for c in candidates}
+    assert len(whole.trials) == len(candidates) * 4, "three proposals and the default head each"
+    for index, candidate in enumerate(candidates):
+        own = [t for t in whole.trials if t["candidate"] == index]
+        assert sum(t["default"] for t in own) == 1
+        assert sorted(max(t["scores"]) for t in own) == [1, 2, 2, 2], "of two proposals one is dropped halfway"
+        best = max((t for t in own if 2 in t["scores"]), key=lambda t: t["scores"][2])
+        assert whole.configs[candidate.name].settings == best["settings"]
+        assert whole.configs[candidate.name].family in FAMILIES
+
+
+def test_each_batch_goes_through_the_backbone_once_for_all_trials(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, tmp_path: Path, whole: Found,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    passes: list[int] = []
+    observe, learn, steps = Stream.observe, Learner.learn, []
+
+    def counted(self: Stream, batch: Mapping[str, torch.Tensor]) -> Any:
+        passes.append(len(next(iter(batch.values()))))
+        return observe(self, batch)
+
+    def stepped(self: Learner, target: torch.Tensor, value: torch.Tensor) -> None:
+        steps.append(len(target))
+        learn(self, target, value)
+
+    monkeypatch.setattr(Stream, "observe", counted)
+    monkeypatch.setattr(Learner, "learn", stepped)
+    found = searched(backbone, candidates, data, tmp_path)
+    assert found == whole
+    assert sum(passes) == 2 * len(LEARN) + len(SELECT), "two epochs and the selection rows, whatever the trials"
+    assert sum(steps) == len(candidates) * (3 + 2 + 1 + 1) * len(LEARN), "of two proposals one goes on, of one it does"
+    assert [p.name for p in tmp_path.iterdir()] == ["search.pt"]
+
+
+class Interrupted(ArrayRows):
+    """Rows whose reader presses Ctrl-C after some batches."""
+
+    left = 0
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return super().take(indices)
+
+
+@pytest.mark.parametrize("engine", ["tpe", "evolution", "built-in"])
+@pytest.mark.parametrize("after", [8, 12, 16, 20, 26])
+def test_an_interrupted_search_goes_on_to_the_same_heads(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, tmp_path: Path, engine: str, after: int
+) -> None:
+    search = replace(SEARCH, engine=engine, kept_bytes=0)
+    expected = searched(backbone, candidates, data, tmp_path / "whole", search)
+    rows = Interrupted(data.take(np.arange(300)))
+    rows.left = after
+    with pytest.raises(KeyboardInterrupt):
+        searched(backbone, candidates, rows, tmp_path / "cut", search)
+    assert not (tmp_path / "cut" / "values").exists()
+    said: list[str] = []
+    assert searched(backbone, candidates, data, tmp_path / "cut", search, said=said) == expected
+    assert any(line.startswith("search goes on after") for line in said) == (after > 8)
+
+
+def test_another_jobs_checkpoint_is_not_taken_up(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, tmp_path: Path
+) -> None:
+    searched(backbone, candidates, data, tmp_path)
+    said: list[str] = []
+    searched(backbone, candidates, data, tmp_path, seed=1, said=said)
+    assert not any("goes on" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"engine": "oracle"}, "search engine 'oracle' is unknown; use one of none, tpe"),
+        ({"trials": 1}, "1 trials in 2 waves"),
+        ({"waves": 0}, "in 0 waves"),
+        ({"epochs": 1}, "1 epochs of search"),
+        ({"kept_bytes": -1}, "-1 bytes"),
+        ({"spaces": {"tree": {}}}, "head family 'tree', which is none of conv"),
+        ({"spaces": {"dense": {}}}, "the search space is empty"),
+        ({"spaces": {"dense": {"cost": {"_type": "choice", "_value": [0.1]}}}}, "search space of dense lacks dense"),
+    ],
+)
+def test_refused_searches(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Search(**{"engine": "tpe", **given})
