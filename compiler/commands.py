@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +29,11 @@ from .compile import compile
 from .demo import train_digits
 from .distill import Training
 from .emit import ALL_TARGETS, TARGETS
+from .heads import FAMILIES, search_space
 from .independence import keep_independent
 from .loading import guess_shape, load_model
 from .package import ALL_POLICIES, Options
+from .search import ENGINES, NONE, Search, read_spaces
 from .signature import Signature, parse_dynamic
 from .stream import tensors
 
@@ -44,6 +48,15 @@ def _say(text: str) -> None:
 
 def _log(line: str) -> None:
     sys.stderr.write(f"offramp: {line}\n")
+
+
+def byte_size(text: str) -> int:
+    """An argparse type: bytes, plain or with a unit such as 2GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]iB)?", text)
+    size = int(float(found[1]) * 1024 ** " KMG".index((found[2] or " ")[0])) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MiB or 2GiB")
+    return size
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +199,21 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
         help="what distillation adds to the data (default: flip-shift-mix for colour images, else none)",
     )  # fmt: skip
     parser.add_argument(
+        "--search", choices=[NONE, *ENGINES], default=NONE, metavar="ENGINE",
+        help=f"search the heads' architectures by {', '.join(ENGINES)} (default %(default)s: default heads)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trials", type=positive, default=Search.trials, metavar="N",
+        help="heads to try at every candidate, beside the default one (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--space", type=Path, metavar="FILE", help="search spaces to use, edited from what `offramp space` prints"
+    )
+    parser.add_argument(
+        "--memory-budget", type=byte_size, metavar="SIZE",
+        help="what training may take beside the model and the data, such as 2GiB (default: no bound)",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-candidates", type=positive, default=Options.max_candidates, metavar="N",
         help="train heads at no more than this many places (default %(default)s)",
     )  # fmt: skip
@@ -210,6 +238,8 @@ def _run_compile(args: argparse.Namespace) -> int:
         seed=args.seed,
         targets=tuple(dict.fromkeys(args.target or TARGETS)),
         training=Training(epochs=args.epochs, augment=args.augment),
+        search=Search(engine=args.search, trials=args.trials, spaces=read_spaces(args.space) if args.space else {}),
+        memory_budget=args.memory_budget,
         max_candidates=args.max_candidates,
         threads=args.threads,
         verify=args.verify,
@@ -259,6 +289,25 @@ def _run_demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _configure_space(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Print what a head search may choose, as JSON in NNI's form, by head family. Edit it and give it back with "
+        "`offramp compile --space FILE`."
+    )
+    parser.add_argument("--family", choices=list(FAMILIES), help="only this one (default: all)")
+
+
+def _run_space(args: argparse.Namespace) -> int:
+    names = [args.family] if args.family else list(FAMILIES)
+    _say("{\n" + ",\n".join(f'  "{name}": {{\n{_entries(name)}\n  }}' for name in names) + "\n}")
+    return 0
+
+
+def _entries(family: str) -> str:
+    """One line for every choice."""
+    return ",\n".join(f'    "{key}": {json.dumps(entry)}' for key, entry in search_space(family).items())
+
+
 candidates = Command(
     "list the places in a model that can carry an exit, and why others cannot",
     _configure_candidates,
@@ -266,3 +315,4 @@ candidates = Command(
 )
 compile_ = Command("model + unlabelled data + tolerance -> artifact", _configure_compile, _run_compile)
 demo = Command("train, compile and run a small network on real digits", _configure_demo, _run_demo)
+space = Command("print the search space of exit heads, to edit and pass back", _configure_space, _run_space)

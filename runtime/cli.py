@@ -28,8 +28,9 @@ SUMMARIES = {
     "candidates": "list the places in a model that can carry an exit, and why others cannot",
     "compile": "model + unlabelled data + tolerance -> artifact",
     "demo": "train, compile and run a small network on real digits",
+    "space": "print the search space of exit heads, to edit and pass back",
 }
-_ROAD = ("candidates", "compile", "inspect", "run", "demo")
+_ROAD = ("candidates", "space", "compile", "inspect", "run", "demo")
 
 _EPILOG = """\
 the road:

@@ -271,7 +271,9 @@ def test_too_few_rows_for_the_guarantee_are_refused_before_training(here: Path, 
     )
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--target", "tflite"), ("--policy", "greedy"), ("--augment", "rotate")])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--target", "tflite"), ("--policy", "greedy"), ("--augment", "rotate"), ("--search", "oracle")]
+)
 def test_unknown_choices_name_the_known_ones(
     here: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
 ) -> None:
@@ -279,6 +281,32 @@ def test_unknown_choices_name_the_known_ones(
     (last,) = capsys.readouterr().err.splitlines()
     assert f"argument {flag}: invalid choice: '{value}' (choose from" in last
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read (No such file or directory); print one with `offramp space`"),
+        ("{", "is no JSON"),
+        ("[1]", "holds no spaces by head family"),
+        ('{"tree": {"x": {"_type": "choice", "_value": [1]}}}', "head family 'tree', which is none of conv"),
+        ('{"dense": {"dense": {"_type": "choice", "_value": 1}}}', "search space, dense: choice wants a list"),
+    ],
+)
+def test_a_space_that_is_none_is_refused(
+    here: Path, refused: Callable[..., str], content: str | None, says: str
+) -> None:
+    space = here.parent / "space.json"
+    if content is not None:
+        space.write_text(content)
+    common = ("compile", "zoo:good", "--data", "zoo:good_rows", "-o", "out", "--search", "tpe")
+    assert says in refused(*common, "--space", str(space))
+
+
+def test_a_memory_budget_that_holds_no_candidate_is_refused(here: Path, refused: Callable[..., str]) -> None:
+    common = ("compile", "zoo:good", "--data", "zoo:good_rows", "-o", "out", "--tolerance", "0.3")
+    assert "the memory budget is 0 MiB; give it more" in refused(*common, "--memory-budget", "10KiB")
+    assert "'much' is no size such as 500MiB" in refused(*common, "--memory-budget", "much")
 
 
 def test_a_foreign_output_is_refused_before_training(here: Path, refused: Callable[..., str]) -> None:
@@ -322,11 +350,12 @@ def test_a_disk_that_fills_up(here: Path) -> None:
 def test_an_interrupted_compile_goes_on_where_it_was(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C after two of three epochs; started again, the artifact is the one of an undisturbed run."""
+    """Ctrl-C after two of forty epochs; started again, the artifact is the one of an undisturbed run."""
     data = str(here.parent / "sources" / "rows.npy")
-    common = ["zoo_seeded:good", "--data", data, "--epochs", "3", "--tolerance", "0.3", "--target", "onnx"]
+    common = ["zoo_seeded:good", "--data", data, "--epochs", "40", "--tolerance", "0.3", "--target", "onnx"]
     (here.parent / "sources" / "zoo_seeded.py").write_text(
-        "import torch\nfrom models import Chain\ndef good():\n    torch.manual_seed(0)\n    return Chain()\n"
+        "import torch\nfrom models import Chain\ndef good():\n    torch.manual_seed(0)\n    model = Chain()\n"
+        "    model.last.weight.data.mul_(20)\n    return model\n"
     )
     monkeypatch.setattr("offramp.compiler.package._timings", lambda artifact, job: ())
     assert cli.main(["compile", *common, "-o", "whole"]) == 0
@@ -343,7 +372,7 @@ def test_an_interrupted_compile_goes_on_where_it_was(
     assert sorted(p.name for p in here.iterdir()) == ["out.work", "whole"]
     capsys.readouterr()
     assert cli.main(["compile", *common, "-o", "out"]) == 0
-    assert "offramp: resuming after epoch 2 of 3" in capsys.readouterr().err.splitlines()
+    assert "offramp: resuming after epoch 2 of 40" in capsys.readouterr().err.splitlines()
     assert sorted(p.name for p in here.iterdir()) == ["out", "whole"]
     for name in ("model.onnx", "records.npz"):
         assert (here / "out" / name).read_bytes() == (here / "whole" / name).read_bytes()

@@ -1,6 +1,6 @@
 """Head search: engines propose, all proposed heads of all candidates learn from one stream, the better half goes on."""
 
-from .engine import ENGINES, Engine, Proposal, RandomEngine, check_space, make_engine
+from .engine import ENGINES, Engine, Proposal, RandomEngine, check_space, make_engine, read_spaces
 from .objective import saved_at, worth
 from .waves import NONE, Found, Search, search_heads
 
@@ -14,6 +14,7 @@ __all__ = [
     "Search",
     "check_space",
     "make_engine",
+    "read_spaces",
     "saved_at",
     "search_heads",
     "worth",

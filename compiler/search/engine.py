@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -100,6 +102,19 @@ def check_space(space: Space) -> None:
             numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
             if not numbers or value[0] >= value[1] or ("log" in kind and value[0] <= 0):
                 raise UsageError(f"search space, {key}: {value} is no range for {kind}; give low, then high")
+
+
+def read_spaces(path: Path) -> dict[str, Space]:
+    """A file as `offramp space` prints it -> spaces by family. Raises `UsageError` for one that is not."""
+    try:
+        spaces = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); print one with `offramp space`") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: is no JSON ({error}); print one with `offramp space`") from error
+    if not isinstance(spaces, dict):
+        raise UsageError(f"{path}: holds no spaces by head family; print some with `offramp space`")
+    return spaces
 
 
 def make_engine(name: str, say: Callable[[str], None] = lambda line: None) -> Callable[[], Engine]:

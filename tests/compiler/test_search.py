@@ -15,8 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Chain, captured
 
-from offramp.compiler import FAMILIES, Training, build_head
+from offramp.compiler import (
+    FAMILIES,
+    HeadConfig,
+    Options,
+    Training,
+    build_head,
+    compile,
+    default_heads,
+    distil,
+    record,
+)
 from offramp.compiler.augment import identity
+from offramp.compiler.compile import keep_beyond_chance
 from offramp.compiler.emit.translate import Example, to_onnx
 from offramp.compiler.heads import (
     COST,
@@ -32,11 +43,12 @@ from offramp.compiler.heads import (
     search_space,
 )
 from offramp.compiler.learner import Learner
+from offramp.compiler.memory import groups
 from offramp.compiler.search import Found, Search, saved_at, search_heads, worth
 from offramp.compiler.stream import Kept, Stream
 from offramp.passes import Backbone, Candidate, find_candidates
 from offramp.runtime.data import ArrayRows
-from offramp.runtime.errors import UsageError
+from offramp.runtime.errors import NoCandidateError, UsageError
 
 SEARCH = Search(engine="tpe", trials=3, waves=2, epochs=2)
 TRAINING = Training(epochs=3, batch=32)
@@ -140,9 +152,18 @@ def test_worth_is_the_compute_saved_less_the_price() -> None:
     assert worth(sure, agrees, 0.8, 0.05, 0.02) == pytest.approx((0.61 + 0.62 + 0.64) / 3 * 0.8 - 0.05)
 
 
+def sure_chain() -> Chain:
+    """Its answers differ from row to row, so there is something to learn."""
+    torch.manual_seed(0)
+    model = Chain().eval()
+    with torch.no_grad():
+        model.last.weight.mul_(20)
+    return model
+
+
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return captured(Chain)
+    return captured(sure_chain())
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +327,60 @@ def test_another_jobs_checkpoint_is_not_taken_up(
 def test_refused_searches(given: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Search(**{"engine": "tpe", **given})
+
+
+def test_a_compile_searches_within_its_memory_and_stores_what_it_found(tmp_path: Path) -> None:
+    model = sure_chain()
+    rows = np.random.default_rng(0).standard_normal((400, 6)).astype(np.float32)
+    options = Options(
+        tolerance=1.0, policy="joint", batches=(), targets=("onnx-segments",), training=Training(epochs=20, batch=32),
+        search=Search(engine="tpe", trials=2, waves=1, epochs=2), memory_budget=30_000,
+    )  # fmt: skip
+    said: list[str] = []
+    manifest = compile(model, rows, tmp_path / "one", options=options, work=tmp_path / "work", say=said.append)
+    assert "the memory budget takes the 2 candidates in 2 groups, one after the other" in said
+    assert sum(line.startswith("searched 3 heads at 1 candidates") for line in said) == 2
+    assert {p.name for p in (tmp_path / "work").iterdir()} == {"heads0.pt", "heads1.pt", "search0", "search1"}
+    early = [e for e in manifest.exits if e.head != "backbone"]
+    assert early, said
+    for spec in early:
+        assert build_head(HeadConfig(spec.head_config["family"], spec.head_config["settings"]), (16,), 4)
+    again = compile(model, rows, tmp_path / "two", options=options)
+    assert again.exits == manifest.exits
+    assert again.files == manifest.files
+
+
+def test_candidates_go_in_groups_that_keep_to_the_memory(backbone: Backbone, candidates: tuple[Candidate, ...]) -> None:
+    assert groups(backbone, candidates, 32, 1, None) == [candidates]
+    assert groups(backbone, candidates, 32, 1, 10**9) == [candidates]
+    assert groups(backbone, candidates, 32, 1, 20_000) == [(c,) for c in candidates]
+    with pytest.raises(UsageError, match="training at relu takes about"):
+        groups(backbone, candidates, 32, 1, 1000)
+
+
+def test_a_head_that_learned_nothing_is_dropped_with_that_reason(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows
+) -> None:
+    configs = default_heads(backbone, candidates)
+    heads = distil(
+        backbone,
+        candidates,
+        configs,
+        data,
+        learn=LEARN,
+        validate=SELECT,
+        training=Training(epochs=30, batch=32),
+        seed=0,
+    )
+    recording = record(backbone, heads, data, SELECT, "select")
+    kept, left = keep_beyond_chance(backbone, heads, recording, lambda line: None)
+    assert kept == heads
+    assert np.array_equal(left.logits, recording.logits)
+    said: list[str] = []
+    hopeless = (replace(heads[0], loss=1.0), *heads[1:])
+    kept, left = keep_beyond_chance(backbone, hopeless, recording, said.append)
+    assert kept == heads[1:]
+    assert np.array_equal(left.logits, recording.logits[1:])
+    assert said[0].startswith(f"dropped {candidates[0].place}: its head learned hardly anything (1 nats")
+    with pytest.raises(NoCandidateError, match="no head of Chain learned more than one answer"):
+        keep_beyond_chance(backbone, [replace(h, loss=1.0) for h in heads], recording, said.append)
