@@ -152,10 +152,13 @@ def test_worth_is_the_compute_saved_less_the_price() -> None:
     assert worth(sure, agrees, 0.8, 0.05, 0.02) == pytest.approx((0.61 + 0.62 + 0.64) / 3 * 0.8 - 0.05)
 
 
-def sure_chain() -> Chain:
+def sure_chain(width: int = 16) -> Chain:
     """Its answers differ from row to row, so there is something to learn."""
     torch.manual_seed(0)
     model = Chain().eval()
+    if width != 16:
+        model.first, model.second = torch.nn.Linear(6, width), torch.nn.Linear(width, width)
+        model.last = torch.nn.Linear(width, 4)
     with torch.no_grad():
         model.last.weight.mul_(20)
     return model
@@ -330,11 +333,11 @@ def test_refused_searches(given: dict[str, Any], said: str) -> None:
 
 
 def test_a_compile_searches_within_its_memory_and_stores_what_it_found(tmp_path: Path) -> None:
-    model = sure_chain()
+    model = sure_chain(64)
     rows = np.random.default_rng(0).standard_normal((400, 6)).astype(np.float32)
     options = Options(
         tolerance=1.0, policy="joint", batches=(), targets=("onnx-segments",), training=Training(epochs=20, batch=32),
-        search=Search(engine="tpe", trials=2, waves=1, epochs=2), memory_budget=30_000,
+        search=Search(engine="tpe", trials=2, waves=1, epochs=2), memory_budget=120_000,
     )  # fmt: skip
     said: list[str] = []
     manifest = compile(model, rows, tmp_path / "one", options=options, work=tmp_path / "work", say=said.append)
@@ -344,7 +347,8 @@ def test_a_compile_searches_within_its_memory_and_stores_what_it_found(tmp_path:
     early = [e for e in manifest.exits if e.head != "backbone"]
     assert early, said
     for spec in early:
-        assert build_head(HeadConfig(spec.head_config["family"], spec.head_config["settings"]), (16,), 4)
+        family, *settings = spec.head_config.items()
+        assert build_head(HeadConfig(family[1], dict(settings)), (64,), 4)
     again = compile(model, rows, tmp_path / "two", options=options)
     assert again.exits == manifest.exits
     assert again.files == manifest.files
