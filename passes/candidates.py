@@ -148,7 +148,16 @@ def leaves_component(node: fx.Node, context: Context) -> str | None:
     own = [path for path in _stack(node) if path in context.components]
     if not own or any(path not in _stack(user) for path in own for user in node.users):
         return None
+    following = next(iter(node.users))
+    if len(node.users) == 1 and _only_rearranges(following) and batch_first(following, context) is not None:
+        return leaves_component(following, context)  # what leaves is the same numbers in an order no head reads
     return f"inside {own[-1]}: not at the boundary of a first-level component"
+
+
+def _only_rearranges(node: fx.Node) -> bool:
+    """The same numbers in another order or shape."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (target.is_view or target is torch.ops.aten.reshape.default)
 
 
 def side_inputs(node: fx.Node, context: Context) -> str | None:

@@ -82,6 +82,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "deit": library("deit/DeiTForImageClassification"),
     "swin": library("swin/SwinForImageClassification"),
     "bert": library("bert/BertForSequenceClassification"),
+    "squeezebert": library("squeezebert/SqueezeBertForSequenceClassification"),
     "xlm": library("xlm/XLMForSequenceClassification"),
     "gpt2": library("gpt2/GPT2ForSequenceClassification"),
     "llama": library("llama/LlamaForSequenceClassification"),
@@ -91,7 +92,7 @@ MODELS: dict[str, Callable[[], Built]] = {
 
 
 # Those whose graphs are much like another's are here for the places they offer alone.
-DOZEN = [name for name in MODELS if name not in ("mobilenet_v2", "deit", "llama")]
+DOZEN = [name for name in MODELS if name not in ("mobilenet_v2", "deit", "llama", "squeezebert")]
 
 
 @pytest.mark.parametrize("name", DOZEN)
@@ -125,6 +126,7 @@ def ends(found: Candidates, place: str) -> int:
         ("vit", "vit.layers.{}"),
         ("deit", "deit.layers.{}"),
         ("bert", "bert.encoder.layer.{}"),
+        ("squeezebert", "transformer.encoder.layers.{}"),  # channels before tokens: the value before the turn is read
         ("gpt2", "transformer.h.{}"),
         ("llama", "model.layers.{}"),
     ],
