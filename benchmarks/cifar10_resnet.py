@@ -38,13 +38,12 @@ from offramp.compiler import (
     choose_candidates,
     compile,
     costs,
-    default_heads,
-    distil,
     input_specs,
     keep_independent,
     load_weights,
     record,
 )
+from offramp.compiler.compile import train
 from offramp.compiler.measure import machine, usable_cores, versions
 from offramp.compiler.package import CERTIFIED
 from offramp.compiler.stream import tensors
@@ -84,16 +83,13 @@ def run(model: str, options: Options) -> Manifest:
 def recorded(model: str, training: Training, seed: int) -> Answers:
     """The steps of `compile` up to the recording, over the whole untouched half."""
     images, labels = load_images()
-    rows, splits, options = as_rows(images), report_splits(seed), Options()
+    rows, splits, options = as_rows(images), report_splits(seed), Options(training=training, seed=seed)
     example = tensors(rows, np.arange(8))
     backbone = capture(backbone_of(model), example, name=model)
     rows = fit_rows(rows, input_specs(backbone))
     found = keep_independent(backbone, find_candidates(backbone), tuple(example.values()))
     candidates = choose_candidates(backbone, found, options.max_candidates)
-    heads = distil(
-        backbone, candidates, default_heads(backbone, candidates), rows, learn=splits.distil, validate=splits.calibrate,
-        training=training, seed=seed, checkpoint=work_of(model, seed) / "heads.pt", report=_log,
-    )  # fmt: skip
+    heads = train(backbone, candidates, rows, splits, options, work_of(model, seed), _log)
     temperatures = calibrate(record(backbone, heads, rows, splits.calibrate, "calibrate"))
     fresh = np.sort(untouched_rows()[1])
     return Answers(record(backbone, heads, rows, fresh, "answers"), temperatures, labels[fresh], costs(backbone, heads))
