@@ -31,17 +31,17 @@ class Answers:
     costs: Costs
 
 
-def deal(rows: int, seed: int) -> dict[str, np.ndarray]:
-    """Row indices of select, certify and test."""
-    order = np.random.default_rng([seed, rows]).permutation(rows)
-    select, certify, test = np.split(order, [round(share * rows) for share in SHARES])
-    return {"select": select, "certify": certify, "test": test}
+def deal(rows: int, seed: int, seen: int = 0) -> dict[str, np.ndarray]:
+    """Row indices of select, certify and test; the first `seen`, on which a choice was scored, are always select's."""
+    order = np.random.default_rng([seed, rows]).permutation(np.arange(seen, rows))
+    select, certify, test = np.split(order, [round(share * len(order)) for share in SHARES])
+    return {"select": np.concatenate([np.arange(seen), select]), "certify": certify, "test": test}
 
 
-def judge(answers: Answers, options: Options, seed: int) -> dict[str, float]:
-    """One split: compute saved, disagreement and accuracy on its test rows."""
+def judge(answers: Answers, options: Options, seed: int, seen: int = 0) -> dict[str, float]:
+    """One split: compute saved, disagreement and accuracy on its test rows. `seen` as for `deal`."""
     every = records(answers.recording, answers.temperatures)
-    parts = deal(every.rows, seed)
+    parts = deal(every.rows, seed, seen)
     dealt = {name: Records(every.confidence[rows], every.agrees[rows]) for name, rows in parts.items()}
     selection, _ = choose_exits(dealt, answers.costs, options)
     rows, test = parts["test"], dealt["test"]
