@@ -43,7 +43,7 @@ from offramp.runtime.manifest import (
 
 METRIC = "max_probability"
 _SPREAD = 2.0  # standard deviation over rows of a rescaled head's logits
-_LARGEST = 1e2  # times a head's logits may grow by rescaling; beyond it rounding would show in the answers
+_LARGEST = 10.0  # times a head's logits may grow by rescaling; beyond it rounding would show in the answers
 
 
 def program_with_exits(

@@ -23,10 +23,11 @@ every backend gives the eager run's answers; nothing here says how well exits wo
 For each model: capture, candidates, a program with three exits at spread places (fewer where it has fewer places),
 every backend, and the answers compared with the eager run's for these cases: all rows leave at the first exit, none
 leaves, each exit alone, mixed; each at every batch size listed. "near" counts rows whose confidence lies within 1e-5
-of a threshold, which may leave elsewhere. Answers may differ by 1e-4; by more only where the eager run's own answers
-change by at least as much when every input value moves by its last bit: a random network can be that ill-conditioned,
-and "own rounding" then says by how much. Seconds are the processor's, one thread, for capture and candidates
-together; other work on the machine can stretch them.
+of a threshold, which may leave elsewhere. Answers may differ by 1e-4; by more only up to twice what the eager run's
+own answers are off by, against itself in float64, with torch's own kernels in oneDNN's place, and with every input
+value moved by its last bit: a random network can be that ill-conditioned, and "own rounding" then says by how much.
+Seconds are the processor's, one thread, for capture and candidates together; other work on the machine can stretch
+them.
 
 `passed`: all of it held. `candidates only`: captured, candidates found, the rest not run yet. `refused`: one line says
 why. `failed`: a bug of ours, or not done in time. `unbuildable`: the library itself cannot build it here. The share is
