@@ -18,21 +18,24 @@ from .capture import capture
 from .certify import Certified, certified, rows_needed
 from .compile import as_rows, choose_candidates, compile, costs, exit_plan, records
 from .distill import Head, Training, default_heads, distil
-from .emit import TARGETS, emit
+from .emit import ALL_TARGETS, TARGETS, emit
 from .equivalence import Equivalence, compare
 from .evaluate import Outcome, evaluate, run_program
-from .heads import FAMILIES, Family, HeadConfig, build_head, default_head
+from .heads import FAMILIES, Family, HeadConfig, build_head, default_head, register_family, search_space
 from .independence import keep_independent
 from .loading import load_model, load_weights
 from .package import ALL_POLICIES, Job, Options, input_specs, pack
 from .record import Recording, calibrate, record
+from .search import ENGINES, Found, Search, search_heads
 from .signature import Signature
 from .splits import RowSplits, check_splits, split_rows
 from .thresholds import POLICIES, Costs, Records, Selection, equal, geometric, joint, select
 
 __all__ = [
     "ALL_POLICIES",
+    "ALL_TARGETS",
     "AUGMENTATIONS",
+    "ENGINES",
     "FAMILIES",
     "POLICIES",
     "TARGETS",
@@ -41,6 +44,7 @@ __all__ = [
     "Costs",
     "Equivalence",
     "Family",
+    "Found",
     "Head",
     "HeadConfig",
     "Job",
@@ -49,6 +53,7 @@ __all__ = [
     "Recording",
     "Records",
     "RowSplits",
+    "Search",
     "Selection",
     "Signature",
     "Training",
@@ -78,8 +83,11 @@ __all__ = [
     "pack",
     "record",
     "records",
+    "register_family",
     "rows_needed",
     "run_program",
+    "search_heads",
+    "search_space",
     "select",
     "split_rows",
 ]
