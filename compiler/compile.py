@@ -102,7 +102,7 @@ def compile(
     kept = work or out.absolute().with_name(out.name + ".work")
     heads = train(backbone, candidates, rows, splits, options, kept, say)
     calibration = record(backbone, heads, rows, splits.calibrate, "calibrate")
-    heads, calibration = keep_beyond_chance(backbone, heads, calibration, say)
+    heads, calibration = keep_beyond_chance(heads, calibration, say)
     temperatures = calibrate(calibration)
     recorded = {
         part: records(record(backbone, heads, rows, getattr(splits, part), part), temperatures)
@@ -187,27 +187,26 @@ def train(
     return tuple(heads)
 
 
-def keep_beyond_chance(
-    backbone: Backbone, heads: Sequence[Head], recording: Recording, say: Say
-) -> tuple[tuple[Head, ...], Recording]:
+def keep_beyond_chance(heads: Sequence[Head], recording: Recording, say: Say) -> tuple[tuple[Head, ...], Recording]:
     """Drop the heads that tell hardly more of the backbone's answers than one answer for all rows does.
 
     Hardly: their divergence on the validation rows, which `recording` is of, is not below that of the mean answer by
-    a twentieth. Raises `NoCandidateError` when no head is left.
+    a twentieth. Where none would be left all stay: what their exits may answer is the thresholds' affair.
     """
     answers = recording.backbone.astype(np.float64)
     mean = answers.mean(0)
     constant = float(np.where(answers > 0, answers * np.log(np.maximum(answers, 1e-300) / mean), 0.0).sum(1).mean())
     kept = [index for index, head in enumerate(heads) if head.loss < (1 - _MARGIN) * constant]
+    if not kept:
+        say(
+            f"no head learned more than one answer for all of {len(answers)} rows would tell, so expect few exits; give "
+            "more rows or epochs, or rows that the model answers differently"
+        )
+        return tuple(heads), recording
     for index, head in enumerate(heads):
         if index not in kept:
             told = f"{head.loss:.3g} nats from the backbone's answers, one answer for all rows {constant:.3g}"
             say(f"dropped {head.candidate.place}: its head learned hardly anything ({told})")
-    if not kept:
-        raise NoCandidateError(
-            f"no head of {backbone.name} learned more than one answer for all of {len(answers)} rows would tell; give "
-            "more rows or epochs, or rows that the model answers differently"
-        )
     return tuple(heads[i] for i in kept), Recording(recording.logits[kept], recording.backbone)
 
 

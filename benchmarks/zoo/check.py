@@ -36,7 +36,7 @@ EXITS = 3
 EXECUTORS = dict(zip(TARGETS, ("segments", "single-file"), strict=True))
 # Batches compared, the most that fit `SECONDS` of the eager run; a row says which.
 BATCHES = ((0, 1, 3, 32, 257), (0, 1, 3, 32), (0, 1, 3, 8), (0, 1, 3))
-SECONDS = 30.0
+SECONDS = 20.0
 _MOVES = 4
 LARGE = 2e8  # parameters: such a model's forms are made one after the other, or memory would not do
 

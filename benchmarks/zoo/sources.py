@@ -11,6 +11,7 @@ are made, not read: images of smooth patches under noise, sentences of random to
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from collections.abc import Callable, Iterable
@@ -98,6 +99,7 @@ def _build_torchvision(name: str) -> Built:
 
 # --- timm ----------------------------------------------------------------------------------------------------------
 
+_TIMM_LARGE = 320
 _TIMM_SIZES = (96, 128, 160, 192)  # tried in turn where the model does not insist on a size
 
 
@@ -129,6 +131,9 @@ def _build_timm(name: str) -> Built:
     model = timm.create_model(name, num_classes=CLASSES).eval()
     config = model.default_cfg
     channels, _, usual = config["input_size"]
+    if usual > _TIMM_LARGE:  # a map of a thousand by a thousand shows nothing a smaller one does not
+        with contextlib.suppress(TypeError, AssertionError, ValueError):
+            model, usual = timm.create_model(name, num_classes=CLASSES, img_size=224).eval(), 224
     sizes = (usual,) if config.get("fixed_input_size") else (*(s for s in _TIMM_SIZES if s < usual), usual)
     for size in sizes:
         rows = images(size, channels)
