@@ -199,8 +199,8 @@ def keep_beyond_chance(heads: Sequence[Head], recording: Recording, say: Say) ->
     kept = [index for index, head in enumerate(heads) if head.loss < (1 - _MARGIN) * constant]
     if not kept:
         say(
-            f"no head learned more than one answer for all of {len(answers)} rows would tell, so expect few exits; give "
-            "more rows or epochs, or rows that the model answers differently"
+            f"no head learned more than one answer for all of {len(answers)} rows would tell, so expect few exits; "
+            "give more rows or epochs, or rows that the model answers differently"
         )
         return tuple(heads), recording
     for index, head in enumerate(heads):
