@@ -9,6 +9,7 @@ An `OfframpError` on the way is a refusal and its message the reason. Anything e
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 import time
@@ -25,7 +26,7 @@ from offramp.compiler.emit import ALL_TARGETS, SCRIPT, TARGETS, TORCHSCRIPT
 from offramp.compiler.emit.torchscript import ScriptSession
 from offramp.compiler.equivalence import Answering, Expected, expect
 from offramp.passes import Backbone, Candidate, Candidates, ExitProgram, find_candidates
-from offramp.runtime import load, open_artifact
+from offramp.runtime import load
 from offramp.runtime.errors import ModelError
 
 from .program import program_with_exits, write
@@ -102,8 +103,7 @@ def exercise(program: ExitProgram, built: Built, row: Row, work: Path) -> None:
                 row["backends"] |= {target: {"refused": str(error)} for target in targets}
                 continue
             for target in targets:
-                session = _session(artifact, target, program.backbone)
-                row["backends"][target] = _compared(expected, session)
+                row["backends"][target] = _compared(expected, artifact, target, program.backbone)
     differs = [t for t, o in row["backends"].items() if not o.get("holds", True)]
     if differs:
         own = row["own_rounding"] = own_rounding(program, built, max(batches))
@@ -177,7 +177,7 @@ def plans(program: ExitProgram) -> Iterator[tuple[str, tuple[float, ...]]]:
 def _session(artifact: Path, target: str, backbone: Backbone) -> Answering:
     if target in EXECUTORS:
         return load(artifact, providers=["CPUExecutionProvider"], threads=1, executor=EXECUTORS[target])  # type: ignore[arg-type]
-    return ScriptSession(open_artifact(artifact).read(SCRIPT), [i.name for i in backbone.inputs])
+    return ScriptSession(artifact / SCRIPT, [i.name for i in backbone.inputs])
 
 
 def _expected(program: ExitProgram, built: Built, batches: tuple[int, ...]) -> list[Expected]:
@@ -189,9 +189,12 @@ def _expected(program: ExitProgram, built: Built, batches: tuple[int, ...]) -> l
     return [expect(p, {name: value[:batch] for name, value in rows.items()}) for p in programs for batch in batches]
 
 
-def _compared(expected: Sequence[Expected], session: Answering) -> Mapping[str, Any]:
-    """All cases at all batches, added up."""
+def _compared(expected: Sequence[Expected], artifact: Path, target: str, backbone: Backbone) -> Mapping[str, Any]:
+    """All cases at all batches, added up; the session's memory is free again afterwards."""
+    session = _session(artifact, target, backbone)
     found = [e.against(session) for e in expected]
+    del session
+    gc.collect()
     return {
         "holds": all(f.holds for f in found),
         "rows": sum(f.rows for f in found),

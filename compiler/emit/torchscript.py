@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,9 +92,10 @@ def torchscript_model(program: ExitProgram) -> bytes:
 class ScriptSession:
     """`model.ts` loaded in this process, answering as a session of the runtime does."""
 
-    def __init__(self, data: bytes, inputs: Sequence[str]) -> None:
+    def __init__(self, source: bytes | Path, inputs: Sequence[str]) -> None:
+        """`source` is the file's content, or the file, which is not held twice then."""
         with _deprecated():
-            self.module = torch.jit.load(io.BytesIO(data))  # type: ignore[no-untyped-call]
+            self.module = torch.jit.load(io.BytesIO(source) if isinstance(source, bytes) else source)  # type: ignore[no-untyped-call]
         self.inputs = inputs
 
     def run(self, batch: Mapping[str, np.ndarray], *, thresholds: Sequence[float]) -> Answers:

@@ -37,6 +37,19 @@ def to_onnx(
 
     Raises `ModelError` with torch's reason for an operator the exporter does not know.
     """
+    model = _exported(module, inputs, outputs, optimize=True)
+    if _dangling(model.graph):  # onnxscript (0.7.2) forgets bounds it makes for a value clipped several times
+        model = _exported(module, inputs, outputs, optimize=False)
+    weights = {path: tuple(w.shape) for path, w in module.named_parameters(remove_duplicate=False)}
+    places = Places({"": ""} if prefixes is None else prefixes, weights)
+    name_graph(model.graph, [i.name for i in inputs], outputs, places)
+    _clean(model)
+    return model
+
+
+def _exported(
+    module: nn.Module, inputs: Sequence[Example], outputs: Sequence[str], *, optimize: bool
+) -> onnx.ModelProto:
     batch = Dim("batch")
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
@@ -52,7 +65,7 @@ def to_onnx(
                 output_names=[f"output_{position}" for position in range(len(outputs))],
                 opset_version=OPSET,
                 dynamo=True,
-                optimize=True,
+                optimize=optimize,
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
@@ -61,11 +74,14 @@ def to_onnx(
         registration.setLevel(level)
     assert program is not None
     model: onnx.ModelProto = program.model_proto
-    weights = {path: tuple(w.shape) for path, w in module.named_parameters(remove_duplicate=False)}
-    places = Places({"": ""} if prefixes is None else prefixes, weights)
-    name_graph(model.graph, [i.name for i in inputs], outputs, places)
-    _clean(model)
     return model
+
+
+def _dangling(graph: onnx.GraphProto) -> bool:
+    """Whether a node reads what nothing makes. Translated models have no branches of their own."""
+    known = {value.name for value in (*graph.input, *graph.initializer)}
+    known.update(name for node in graph.node for name in node.output)
+    return any(name and name not in known for node in graph.node for name in node.input)
 
 
 def _reason(error: BaseException) -> str:

@@ -144,3 +144,28 @@ def test_a_padded_map_is_pooled_with_its_padding(value: float) -> None:
         with torch.no_grad():
             found = session.run(None, {"x": x[:count].numpy()})[0]
             np.testing.assert_allclose(found, torch.softmax(model(x[:count]), 1).numpy(), atol=1e-5)
+
+
+class Clipped(nn.Module):
+    """One value clipped between several pairs of learned bounds, as before every projection of Gemma 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+        self.low, self.high = nn.Parameter(-torch.arange(1.0, 4.0) / 2), nn.Parameter(torch.arange(1.0, 4.0) / 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2.0
+        bounds = zip(self.low.unbind(), self.high.unbind(), strict=True)
+        return sum((self.last(torch.clamp(x, low, high)) for low, high in bounds), torch.zeros(3))
+
+
+def test_one_value_clipped_several_times() -> None:
+    torch.manual_seed(0)
+    model = Clipped().eval()
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    session = ort.InferenceSession(backbone_model(captured(model, x=x)).proto, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            session.run(None, {"x": x.numpy()})[0], torch.softmax(model(x), 1).numpy(), atol=1e-5
+        )
