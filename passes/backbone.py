@@ -99,7 +99,7 @@ def free_dimensions(backbone: Backbone) -> dict[str, str]:
     }
 
 
-def depends_on_data(size: int | torch.SymInt) -> bool:
+def depends_on_data(size: object) -> bool:
     """Whether a dimension's size is known only when the values are: how many tokens are marked, say."""
     return isinstance(size, torch.SymInt) and not size.node.has_hint()
 

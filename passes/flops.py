@@ -25,15 +25,28 @@ class _NodeCounter(fx.Interpreter):
         self.counter = counter
         self.batch_symbol = batch_symbol
         self.flops: dict[str, float] = {}
+        self.sized_by_data = any(depends_on_data(n.meta.get("val")) for n in module.graph.nodes)
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
         try:
             value = super().run_node(n)
-        except NotImplementedError:
-            value = pytree.tree_map(lambda v: meta_like(v, self.batch_symbol), n.meta["val"])
+        except (NotImplementedError, RuntimeError) as error:
+            # Sizes that only values tell do not fit together here, each counted as one.
+            if (
+                isinstance(error, RuntimeError)
+                and not isinstance(error, NotImplementedError)
+                and not self.sized_by_data
+            ):
+                raise
+            value = pytree.tree_map(self._stand_in, n.meta["val"])
         self.flops[n.name] = (self.counter.get_total_flops() - before) / _BATCH
         return value
+
+    def _stand_in(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return meta_like(value, self.batch_symbol)
+        return 1 if depends_on_data(value) else value
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)
