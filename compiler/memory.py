@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from offramp.passes import Backbone, Candidate, row_shape
 from offramp.runtime.errors import UsageError
@@ -52,7 +53,8 @@ def _needed(backbone: Backbone, candidate: Candidate, batch: int, heads: int) ->
     """Bytes of one batch's value, and of the heads."""
     shape = row_shape(backbone, candidate.name)
     config = default_head(shape, backbone.classes, candidate.flops_before + candidate.flops_after)
-    size = sum(p.numel() for p in build_head(config, shape, backbone.classes).parameters())
+    with torch.device("meta"):  # nothing is allocated, and nobody's random numbers move
+        size = sum(p.numel() for p in build_head(config, shape, backbone.classes).parameters())
     return batch * int(np.prod(shape)) * _FLOAT, heads * size * _FLOAT * _COPIES
 
 

@@ -17,6 +17,7 @@ whether a reshape copies shows nowhere.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -94,15 +95,10 @@ class ReshapeViews(Pass[Backbone, Backbone]):
     """Views ask for strides; reshapes take what comes."""
 
     def call(self, subject: Backbone) -> PassResult[Backbone]:
-        if not _views(subject):
-            return PassResult(subject, modified=False)
-        result = replace(subject, graph_module=copy_graph_module(subject.graph_module))
-        for node in _views(result):
-            node.target = aten.reshape.default
-            node.args = (node.args[0], _sizes_written_out(node))
-        result.graph.lint()
-        result.graph_module.recompile()
-        return PassResult(result, modified=True)
+        def reshape(node: fx.Node) -> None:
+            node.target, node.args = aten.reshape.default, (node.args[0], _sizes_written_out(node))
+
+        return _rewritten(subject, _views, reshape)
 
     def ensures(self, subject: Backbone) -> list[str]:
         return [f"{n.name} is still a view" for n in _views(subject)]
@@ -112,17 +108,13 @@ class NameSqueezed(Pass[Backbone, Backbone]):
     """Squeezes name their dimensions."""
 
     def call(self, subject: Backbone) -> PassResult[Backbone]:
-        if not _squeezes(subject):
-            return PassResult(subject, modified=False)
-        result = replace(subject, graph_module=copy_graph_module(subject.graph_module))
-        for node in _squeezes(result):
+        def name_dimensions(node: fx.Node) -> None:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             always_one = [d for d, size in enumerate(source.meta["val"].shape) if isinstance(size, int) and size == 1]
             node.target, node.args = aten.squeeze.dims, (source, always_one)
-        result.graph.lint()
-        result.graph_module.recompile()
-        return PassResult(result, modified=True)
+
+        return _rewritten(subject, _squeezes, name_dimensions)
 
     def ensures(self, subject: Backbone) -> list[str]:
         return [f"{n.name} squeezes whatever is one" for n in _squeezes(subject)]
@@ -142,6 +134,20 @@ def normalise(backbone: Backbone) -> Backbone:
     for step in NORMALISATION:
         backbone = step(backbone).subject
     return backbone
+
+
+def _rewritten(
+    backbone: Backbone, find: Callable[[Backbone], list[fx.Node]], rewrite: Callable[[fx.Node], None]
+) -> PassResult[Backbone]:
+    """Every node found rewritten in place, in a copy."""
+    if not find(backbone):
+        return PassResult(backbone, modified=False)
+    result = replace(backbone, graph_module=copy_graph_module(backbone.graph_module))
+    for node in find(result):
+        rewrite(node)
+    result.graph.lint()
+    result.graph_module.recompile()
+    return PassResult(result, modified=True)
 
 
 def _squeezes(backbone: Backbone) -> list[fx.Node]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from offramp.compiler import Options, Training, build_head, capture, default_hea
 from offramp.compiler.demo import Digits
 from offramp.passes import Backbone, ExitPlan, ExitProgram, PlannedExit, build_program, row_shape
 from offramp.runtime import Manifest
+from offramp.runtime.data import ArrayRows
 
 INF = float("inf")
 QUICK = Options(tolerance=0.02, policy="joint", training=Training(epochs=3), batches=())
@@ -115,6 +117,18 @@ class Attention(nn.Module):
             seen = F.scaled_dot_product_attention(query, key, value, attn_mask=hidden)
             x = x + seen.transpose(1, 2).reshape(x.shape)
         return self.last(x[:, 0])
+
+
+class Interrupted(ArrayRows):
+    """Rows whose reader presses Ctrl-C after some batches."""
+
+    left = 0
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return super().take(indices)
 
 
 def rows(count: int, seed: int = 0) -> torch.Tensor:

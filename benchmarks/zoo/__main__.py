@@ -32,14 +32,6 @@ from offramp.compiler.measure import machine
 WORK = Path("build") / "zoo"
 ROWS = WORK / "results.jsonl"
 RESULTS = Path(__file__).parents[1] / "results" / "zoo.json"
-_PRELOADED = [
-    "torchvision.models",
-    "timm",
-    "transformers.models.auto",
-    "onnxruntime",
-    "torch.onnx",
-    "benchmarks.zoo.check",
-]
 
 
 def depth_of(args: argparse.Namespace) -> str:

@@ -43,7 +43,7 @@ from offramp.runtime.manifest import (
 
 METRIC = "max_probability"
 _SPREAD = 2.0  # standard deviation over rows of a rescaled head's logits
-_LARGEST = 10.0  # times a head's logits may grow by rescaling; beyond it rounding would show in the answers
+_LARGEST = 10.0  # a head's logits may be once rescaled, before their mean is taken off; rounding grows with them
 
 
 def program_with_exits(

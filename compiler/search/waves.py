@@ -102,8 +102,10 @@ def search_heads(
     `learn` are the row indices that heads learn from, `select` those that score them. In `folder` lie the checkpoint
     and, while the search runs, kept values. Same arguments, same heads, interrupted or not.
     """
-    searcher = _Searcher(backbone, candidates, data, learn, select, tolerance, search, training, seed, folder, report)
-    return searcher.run()
+    name = training.augment or default_augmentation(backbone.inputs)
+    stream = Stream(backbone, candidates, data, training.batch, find_augmentation(name), seed)
+    training = replace(training, augment=name)
+    return _Searcher(stream, learn, select, tolerance, search, training, folder, report).run()
 
 
 class _Searcher:
@@ -111,23 +113,20 @@ class _Searcher:
 
     def __init__(
         self,
-        backbone: Backbone,
-        candidates: Sequence[Candidate],
-        data: Rows,
+        stream: Stream,
         learn: np.ndarray,
         select: np.ndarray,
         tolerance: float,
         search: Search,
         training: Training,
-        seed: int,
         folder: Path,
         report: Callable[[str], None],
     ) -> None:
-        name = training.augment or default_augmentation(backbone.inputs)
-        self.search, self.training, self.seed, self.tolerance = search, replace(training, augment=name), seed, tolerance
-        self.learn, self.select, self.folder, self.report = learn, select, folder, report
-        self.stream = Stream(backbone, candidates, data, training.batch, find_augmentation(name), seed)
-        self.places = places(backbone, candidates)
+        self.stream, self.learn, self.select, self.tolerance = stream, learn, select, tolerance
+        self.search, self.training, self.folder, self.report = search, training, folder, report
+        self.seed = stream.seed
+        self.places = places(stream.backbone, stream.candidates)
+        self.batches = len(stream.shuffled(learn, 0))  # of every epoch
         self.halfway = search.epochs // 2
         self.finished: list[list[dict[str, Any]]] = []  # records by wave
         self.baselines: dict[tuple[int, int], float] = {}  # (candidate, epochs) -> the default head's score
@@ -186,9 +185,8 @@ class _Searcher:
     def _trial(self, place: Place, proposal: Proposal | None, number: int) -> Trial:
         config = place.config(proposal)
         rate = learning_rate(proposal, self.training.learning_rate)
-        steps = len(self.stream.shuffled(self.learn, 0)) * self.search.epochs
         module = fresh_head(config, place.shape, place.classes, mix(mix(self.seed, place.index), number))
-        learner = Learner(module, steps, rate, self.training.weight_decay)
+        learner = Learner(module, self.batches * self.search.epochs, rate, self.training.weight_decay)
         after = place.candidate.flops_after / place.total if place.total else 0.0
         return Trial(place.index, config, rate, proposal, learner, after, place.price(config))
 
@@ -209,10 +207,9 @@ class _Searcher:
         for trial in alive:
             trial.learner.module.train()
         where = f"wave {len(self.finished) + 1}/{self.search.waves} epoch {epoch + 1}/{self.search.epochs}"
-        pieces = len(self.stream.shuffled(self.learn, epoch))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix(self.seed, epoch + 3_000_003))
-            for observed in bar(kept.epoch(self.learn, epoch), f"search {where}, {len(alive)} heads", pieces):
+            for observed in bar(kept.epoch(self.learn, epoch), f"search {where}, {len(alive)} heads", self.batches):
                 for trial in alive:
                     trial.learner.learn(observed.target, observed.values[trial.candidate])
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Chain, captured
+from models import Chain, Interrupted, captured
 
 from offramp.compiler import (
     FAMILIES,
@@ -274,18 +274,6 @@ def test_each_batch_goes_through_the_backbone_once_for_all_trials(
     assert sum(passes) == 2 * len(LEARN) + len(SELECT), "two epochs and the selection rows, whatever the trials"
     assert sum(steps) == len(candidates) * (3 + 2 + 1 + 1) * len(LEARN), "of two proposals one goes on, of one it does"
     assert [p.name for p in tmp_path.iterdir()] == ["search.pt"]
-
-
-class Interrupted(ArrayRows):
-    """Rows whose reader presses Ctrl-C after some batches."""
-
-    left = 0
-
-    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-        return super().take(indices)
 
 
 @pytest.mark.parametrize("engine", ["tpe", "evolution", "built-in"])

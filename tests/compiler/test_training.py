@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Chain, captured
+from models import Chain, Interrupted, captured
 
 from offramp.compiler import (
     AUGMENTATIONS,
@@ -193,18 +193,6 @@ def test_same_seed_same_weights(
     assert same(trained(backbone, candidates, data), whole)
     assert torch.equal(torch.get_rng_state(), state)
     assert not same(trained(backbone, candidates, data, seed=1), whole)
-
-
-class Interrupted(ArrayRows):
-    """Rows whose reader presses Ctrl-C after some batches."""
-
-    left = 0
-
-    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-        return super().take(indices)
 
 
 @pytest.fixture
