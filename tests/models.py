@@ -62,6 +62,23 @@ class Bypass(Chain):
         return self.last(torch.cat([first, second], 1))
 
 
+class Routed(Chain):
+    """After the first layer two experts, each given its own rows: how many, only values tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.first(x))
+        expert = (x[:, 0] > x[:, 1]).long()
+        order = expert.sort(stable=True)[1]
+        counts = F.one_hot(expert, 2).sum(0).tolist()
+        ours, theirs = x[order].split(counts)
+        mixed = torch.cat([self.second(ours), self.other(theirs)])
+        return self.last(F.relu(torch.zeros_like(x).index_add(0, order, mixed)))
+
+
 class Shared(Chain):
     """The same layer three times."""
 

@@ -153,6 +153,10 @@ _OTHER_ROWS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
 }
 
 
+# Experts are chosen from the embedding itself: padding's zeros tie them all, and every library breaks ties its own way.
+_ROUTED_BY_EMBEDDING = ("jetmoe",)
+
+
 def build(name: str) -> Built:
     """`type/Architecture` -> model from a tiny configuration. Raises `Unbuildable`."""
     transformers = importlib.import_module("transformers")
@@ -164,6 +168,9 @@ def build(name: str) -> Built:
         raise Unbuildable(" ".join(str(error).split())[:200]) from error
     if model._can_set_experts_implementation():
         model.set_experts_implementation("batched_mm")  # the others are loops over data, or operators of their own
+    if family in _ROUTED_BY_EMBEDDING:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[PAD].normal_()
     pictures = any(architecture in names for names in _mapping("IMAGE").values())
     if pictures and family not in _OTHER_ROWS:
         rows = images(_image_size(model.config), getattr(model.config, "num_channels", 3), "pixel_values")

@@ -57,6 +57,16 @@ _SCALARS: dict[Any, str] = {
     math.ceil: "math.ceil({})",
 }
 
+_ITEMS = (aten.item.default, aten._local_scalar_dense.default)
+_PYTHON_TYPES: dict[type, str] = {
+    torch.SymInt: "int",
+    torch.SymFloat: "float",
+    torch.SymBool: "bool",
+    int: "int",
+    float: "float",
+    bool: "bool",
+}
+
 
 def stage_method(index: int, exported: ExportedProgram) -> tuple[str, Weights]:
     """An exported stage -> method `stage_<index>` of its inputs, and the weights it reads by attribute name.
@@ -166,6 +176,8 @@ class _Writer:
         if node.target in _SCALARS:
             template = _SCALARS[node.target]
             return f"{node.name} = {template.format(*(self.value(a, 'number') for a in node.args))}"
+        if node.target in _ITEMS:  # an operator's own result is a number of no stated type, and no size
+            return f"{node.name} = {_PYTHON_TYPES[type(node.meta['val'])]}({self.value(node.args[0], 'Tensor')})"
         return f"{node.name} = {self.call(node)}"
 
     def call(self, node: fx.Node) -> str:

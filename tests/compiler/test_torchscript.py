@@ -15,7 +15,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import INF, Attention, Bypass, Chain, Residual, Shared, Sized, Tuples, captured, rows, sentences, with_exits
+from models import (
+    INF,
+    Attention,
+    Bypass,
+    Chain,
+    Residual,
+    Routed,
+    Shared,
+    Sized,
+    Tuples,
+    captured,
+    rows,
+    sentences,
+    with_exits,
+)
 from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
@@ -28,7 +42,7 @@ from offramp.runtime.errors import ModelError, UsageError
 
 pytestmark = pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch.jit ends with Python 3.13")
 
-KINDS = [Chain, Residual, Bypass, Shared, Tuples, Sized, Attention]
+KINDS = [Chain, Residual, Bypass, Shared, Tuples, Sized, Routed, Attention]
 LIMITS = {"all at once": (-INF, -INF), "none": (INF, INF), "second alone": (INF, -INF), "mixed": ()}
 
 
