@@ -78,8 +78,23 @@ def default_augmentation(inputs: tuple[Input, ...]) -> str:
     return "none"
 
 
-def find_augmentation(name: str) -> Augment:
-    """A named set -> the function."""
-    if name not in AUGMENTATIONS:
-        raise UsageError(f"augmentation {name!r} is unknown; use one of {', '.join(AUGMENTATIONS)}")
-    return AUGMENTATIONS[name]
+def find_augmentation(given: str | Augment | None, inputs: tuple[Input, ...]) -> tuple[str, Augment]:
+    """A named set, a function of the caller's, or None for the default of these inputs -> its name and the function.
+
+    Raises `UsageError` for a name that is unknown.
+    """
+    if given is None:
+        given = default_augmentation(inputs)
+    if not isinstance(given, str):
+        return name_of(given), given
+    if given not in AUGMENTATIONS:
+        raise UsageError(
+            f"augmentation {given!r} is unknown; use one of {', '.join(AUGMENTATIONS)} or package.module:function"
+        )
+    return given, AUGMENTATIONS[given]
+
+
+def name_of(augment: Augment) -> str:
+    """`package.module:function`, or the type of an object that is no function."""
+    named = augment if hasattr(augment, "__qualname__") else type(augment)
+    return f"{named.__module__}:{named.__qualname__}"

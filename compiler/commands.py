@@ -19,11 +19,12 @@ from offramp.passes.backbone import SCORES
 from offramp.runtime.commands import Command, positive, write_arrays
 from offramp.runtime.data import open_data
 from offramp.runtime.errors import UsageError
+from offramp.runtime.reference import is_reference, load_reference
 from offramp.runtime.session import load
 from offramp.runtime.table import human, percent, render
 
 from .arguments import example_inputs
-from .augment import AUGMENTATIONS
+from .augment import AUGMENTATIONS, Augment
 from .capture import bind, capture
 from .compile import compile
 from .demo import train_digits
@@ -195,8 +196,9 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
         help="of distillation (default %(default)s)",
     )
     parser.add_argument(
-        "--augment", choices=list(AUGMENTATIONS),
-        help="what distillation adds to the data (default: flip-shift-mix for colour images, else none)",
+        "--augment", type=_augmentation, metavar="NAME",
+        help=f"what distillation adds to the data: {', '.join(AUGMENTATIONS)}, or package.module:function that takes "
+        "tensors by input name and a generator (default: flip-shift-mix for colour images, else none)",
     )  # fmt: skip
     parser.add_argument(
         "--search", choices=[NONE, *ENGINES], default=NONE, metavar="ENGINE",
@@ -214,6 +216,10 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
         help="what training may take beside the model and the data, such as 2GiB (default: no bound)",
     )  # fmt: skip
     parser.add_argument(
+        "--disk-budget", type=byte_size, metavar="SIZE", default=Training.kept_bytes,
+        help="what training may keep on disk of the backbone's values (default: 2GiB)",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-candidates", type=positive, default=Options.max_candidates, metavar="N",
         help="train heads at no more than this many places (default %(default)s)",
     )  # fmt: skip
@@ -228,6 +234,10 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
 
 
+def _augmentation(text: str) -> str | Augment:
+    return load_reference(text) if is_reference(text) else text
+
+
 def _run_compile(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.weights)
     rows = open_data(args.data, inputs=None, preprocessing=args.preprocess, labels=args.labels)
@@ -237,7 +247,7 @@ def _run_compile(args: argparse.Namespace) -> int:
         delta=args.delta,
         seed=args.seed,
         targets=tuple(dict.fromkeys(args.target or TARGETS)),
-        training=Training(epochs=args.epochs, augment=args.augment),
+        training=Training(epochs=args.epochs, augment=args.augment, kept_bytes=args.disk_budget),
         search=Search(engine=args.search, trials=args.trials, spaces=read_spaces(args.space) if args.space else {}),
         memory_budget=args.memory_budget,
         max_candidates=args.max_candidates,

@@ -182,7 +182,7 @@ def train(
             )  # fmt: skip
         heads += distil(
             backbone, group, found.configs, rows, learn=splits.distil, validate=splits.calibrate, training=training,
-            seed=options.seed, rates=found.rates, checkpoint=folder / f"heads{index}.pt", report=say,
+            seed=options.seed, rates=found.rates, folder=folder / f"heads{index}", report=say,
         )  # fmt: skip
     return tuple(heads)
 

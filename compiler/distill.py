@@ -9,9 +9,11 @@ Training interrupted after an epoch goes on from its checkpoint to the very same
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -23,12 +25,15 @@ from offramp.passes import Backbone, Candidate, row_shape
 from offramp.runtime.data import Rows
 from offramp.runtime.errors import UsageError
 
-from .augment import default_augmentation, find_augmentation
+from .augment import Augment, find_augmentation, name_of
 from .checkpoint import load_state, make_folder, save_state
 from .heads import HeadConfig, Shape, build_head, default_head
+from .kept import Kept
 from .learner import Learner, divergence
 from .progress import bar
 from .stream import Observed, Stream, mix
+
+CHECKPOINT = "heads.pt"
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Training:
     batch: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
-    augment: str | None = None  # a name from augment.AUGMENTATIONS; None: by the kind of input
+    augment: str | Augment | None = None  # a name from AUGMENTATIONS or a function; None: by the kind of input
+    kept_bytes: int = 2 << 30  # of the backbone's values on disk, for rows that are read again
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 2:
@@ -49,8 +55,10 @@ class Training:
                 f"learning rate {self.learning_rate}, weight decay {self.weight_decay}: "
                 "give a positive rate and a decay of 0 or more"
             )
-        if self.augment is not None:
-            find_augmentation(self.augment)
+        if self.kept_bytes < 0:
+            raise UsageError(f"{self.kept_bytes} bytes of kept values; give 0 or more")
+        if isinstance(self.augment, str):
+            find_augmentation(self.augment, ())
 
 
 @dataclass(frozen=True)
@@ -86,33 +94,34 @@ def distil(
     training: Training,
     seed: int,
     rates: Mapping[str, float] | None = None,
-    checkpoint: Path | None = None,
+    folder: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[Head, ...]:
     """Train one head per candidate.
 
     `rates` are learning rates by candidate name where they are not the training's.
 
-    `learn` and `validate` are row indices into `data`. With `checkpoint`, the state after each epoch is kept
-    there and a later call with the same arguments goes on from it. `report` gets one line per event a person
-    should know of.
+    `learn` and `validate` are row indices into `data`. In `folder` lie kept values and, after each epoch, the state:
+    a later call with the same arguments goes on from it. Without one both live in a temporary folder. `report` gets
+    one line per event a person should know of.
     """
-    name = training.augment or default_augmentation(backbone.inputs)
-    training = replace(training, augment=name)
+    name, augment = find_augmentation(training.augment, backbone.inputs)
     report(f"distilling {len(candidates)} heads on {len(learn)} rows, {training.epochs} epochs, augmentation {name}")
-    trainer = _Trainer(backbone, candidates, configs, data, learn, validate, training, seed, rates or {})
-    start = 0
-    if checkpoint is not None:
-        make_folder(checkpoint.parent)
-        start = trainer.resume(checkpoint)
-    if start:
-        report(f"resuming after epoch {start} of {training.epochs}")
-    for epoch in range(start, training.epochs):
-        trainer.learn_epoch(epoch)
-        trainer.keep_best()
-        if checkpoint is not None:
-            trainer.save(checkpoint, epoch + 1)
-    return trainer.heads()
+    stream = Stream(backbone, candidates, data, training.batch, augment, seed)
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offramp-")))
+        make_folder(folder)
+        kept = stack.enter_context(contextlib.closing(Kept(stream, folder / "values", training.kept_bytes)))
+        trainer = _Trainer(stream, kept, configs, learn, validate, training, rates or {})
+        start = trainer.resume(folder / CHECKPOINT)
+        if start:
+            report(f"resuming after epoch {start} of {training.epochs}")
+        for epoch in range(start, training.epochs):
+            trainer.learn_epoch(epoch)
+            trainer.keep_best()
+            trainer.save(folder / CHECKPOINT, epoch + 1)
+        return trainer.heads()
 
 
 class _Trainer:
@@ -120,59 +129,62 @@ class _Trainer:
 
     def __init__(
         self,
-        backbone: Backbone,
-        candidates: Sequence[Candidate],
+        stream: Stream,
+        kept: Kept,
         configs: Mapping[str, HeadConfig],
-        data: Rows,
         learn: np.ndarray,
         validate: np.ndarray,
         training: Training,
-        seed: int,
         rates: Mapping[str, float],
     ) -> None:
-        self.backbone, self.candidates, self.configs, self.rates = backbone, candidates, configs, rates
-        self.data, self.learn, self.validate = data, learn, validate
-        self.training, self.seed = training, seed
-        augment = find_augmentation(training.augment or "none")
-        self.stream = Stream(backbone, candidates, data, training.batch, augment, seed)
-        steps = len(self.stream.shuffled(learn, 0)) * training.epochs
+        self.stream, self.kept, self.configs, self.rates = stream, kept, configs, rates
+        self.learn, self.validate, self.training = learn, validate, training
+        backbone, candidates = stream.backbone, stream.candidates
+        self.batches = len(stream.shuffled(learn, 0))  # of every epoch
         self.learners = [
             Learner(
-                fresh_head(configs[c.name], row_shape(backbone, c.name), backbone.classes, mix(seed, index)),
-                steps, rates.get(c.name, training.learning_rate), training.weight_decay,
+                fresh_head(configs[c.name], row_shape(backbone, c.name), backbone.classes, mix(stream.seed, index)),
+                self.batches * training.epochs, rates.get(c.name, training.learning_rate), training.weight_decay,
             )
             for index, c in enumerate(candidates)
         ]  # fmt: skip
 
     def learn_epoch(self, epoch: int) -> None:
-        pieces = self.stream.shuffled(self.learn, epoch)
         for learner in self.learners:
             learner.module.train()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix(self.seed, epoch + 2_000_003))
+            torch.manual_seed(mix(self.stream.seed, epoch + 2_000_003))
             what = f"distil epoch {epoch + 1}/{self.training.epochs}"
-            for observed in bar(self.stream.augmented(pieces, epoch), what, len(pieces)):
+            for observed in bar(self._observed(epoch), what, self.batches):
                 for learner, value in zip(self.learners, observed.values, strict=True):
                     learner.learn(observed.target, value)
 
+    def _observed(self, epoch: int) -> Iterator[Observed]:
+        if self.stream.repeats:
+            return self.kept.epoch(self.learn, epoch)
+        return self.stream.augmented(self.stream.shuffled(self.learn, epoch), epoch)  # nobody asks for it again
+
     def keep_best(self) -> None:
         """Measure every head on the validation rows; keep the weights of those that improved."""
-        for learner, loss in zip(
-            self.learners, mean_losses(self.learners, self.stream.plain(self.validate)), strict=True
-        ):
+        losses = mean_losses(self.learners, self.kept.plain("validate", self.validate))
+        for learner, loss in zip(self.learners, losses, strict=True):
             learner.judge(loss)
 
     def heads(self) -> tuple[Head, ...]:
         return tuple(
             Head(candidate, self.configs[candidate.name], learner.finished(), learner.loss)
-            for candidate, learner in zip(self.candidates, self.learners, strict=True)
+            for candidate, learner in zip(self.stream.candidates, self.learners, strict=True)
         )
 
     def fingerprint(self) -> str:
         """What the checkpoint belongs to: backbone, heads, rows, settings, seed."""
         digest = hashlib.sha256(job_fingerprint(self.stream, self.learn, self.validate).encode())
-        configs = {c.name: [self.configs[c.name].family, dict(self.configs[c.name].settings)] for c in self.candidates}
-        digest.update(repr((configs, dict(self.rates), asdict(self.training), self.seed)).encode())
+        configs = {
+            c.name: [self.configs[c.name].family, dict(self.configs[c.name].settings)] for c in self.stream.candidates
+        }
+        digest.update(
+            repr((configs, dict(self.rates), asdict(replace(self.training, augment=None)), self.stream.seed)).encode()
+        )
         return digest.hexdigest()
 
     def save(self, path: Path, epochs: int) -> None:
@@ -194,8 +206,9 @@ class _Trainer:
 
 
 def job_fingerprint(stream: Stream, *parts: np.ndarray) -> str:
-    """Backbone and row indices in full, of the rows themselves some: enough to tell jobs apart."""
+    """Backbone, augmentation and row indices in full, of the rows themselves some: enough to tell jobs apart."""
     digest = hashlib.sha256(stream.backbone.fingerprint().encode())
+    digest.update(name_of(stream.augment).encode())
     for part in parts:
         digest.update(part.tobytes())
     some = parts[0][:: max(1, len(parts[0]) // 64)]

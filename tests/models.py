@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,6 +146,11 @@ class Interrupted(ArrayRows):
         if not self.left:
             raise KeyboardInterrupt
         return super().take(indices)
+
+
+def noisy(batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
+    """An augmentation of the caller's own."""
+    return {name: x + 0.1 * torch.randn(x.shape, generator=generator) for name, x in batch.items()}
 
 
 def rows(count: int, seed: int = 0) -> torch.Tensor:

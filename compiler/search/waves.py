@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,13 +27,14 @@ from offramp.passes import Backbone, Candidate
 from offramp.runtime.data import Rows
 from offramp.runtime.errors import UsageError
 
-from ..augment import default_augmentation, find_augmentation
+from ..augment import find_augmentation
 from ..checkpoint import load_state, make_folder, save_state
 from ..distill import Training, fresh_head, job_fingerprint
 from ..heads import FAMILIES, HeadConfig, Space, search_space
+from ..kept import Kept
 from ..learner import Learner
 from ..progress import bar
-from ..stream import Kept, Stream, mix
+from ..stream import Stream, mix
 from .engine import ENGINES, Engine, Proposal, check_space, make_engine
 from .trial import Place, Trial, better_half, learning_rate, places, score
 
@@ -51,7 +51,6 @@ class Search:
     waves: int = 2
     epochs: int = 6  # that the better half of a wave learns for
     spaces: Mapping[str, Space] = field(default_factory=dict)  # by family, in place of the family's own
-    kept_bytes: int = 2 << 30  # of values on disk, for batches that are read again
 
     def __post_init__(self) -> None:
         if self.engine not in (NONE, *ENGINES):
@@ -62,8 +61,6 @@ class Search:
             raise UsageError(
                 f"{self.epochs} epochs of search; give 2 or more, for half of them come before the halving"
             )
-        if self.kept_bytes < 0:
-            raise UsageError(f"{self.kept_bytes} bytes of kept values; give 0 or more")
         for name, space in self.spaces.items():
             if name not in FAMILIES:
                 raise UsageError(f"search space for head family {name!r}, which is none of {', '.join(FAMILIES)}")
@@ -102,9 +99,8 @@ def search_heads(
     `learn` are the row indices that heads learn from, `select` those that score them. In `folder` lie the checkpoint
     and, while the search runs, kept values. Same arguments, same heads, interrupted or not.
     """
-    name = training.augment or default_augmentation(backbone.inputs)
-    stream = Stream(backbone, candidates, data, training.batch, find_augmentation(name), seed)
-    training = replace(training, augment=name)
+    _, augment = find_augmentation(training.augment, backbone.inputs)
+    stream = Stream(backbone, candidates, data, training.batch, augment, seed)
     return _Searcher(stream, learn, select, tolerance, search, training, folder, report).run()
 
 
@@ -136,7 +132,7 @@ class _Searcher:
         make_folder(self.folder)
         self.engines = self._started()
         under_way = self._resume()
-        kept = Kept(self.stream, self.folder / "values", self.search.kept_bytes)
+        kept = Kept(self.stream, self.folder / "values", self.training.kept_bytes)
         try:
             for wave in range(len(self.finished), self.search.waves):
                 trials = self._proposed(wave)
@@ -145,7 +141,7 @@ class _Searcher:
                 self._finish(trials)
                 self._save(None)
         finally:
-            shutil.rmtree(self.folder / "values", ignore_errors=True)
+            kept.close()
         return self._found()
 
     def _started(self) -> dict[str, Engine]:
@@ -241,7 +237,13 @@ class _Searcher:
 
     def _fingerprint(self) -> str:
         """What the checkpoint belongs to: everything the search is asked to do."""
-        told = (asdict(self.search), asdict(self.training), self.seed, self.tolerance, sorted(FAMILIES))
+        told = (
+            asdict(self.search),
+            asdict(replace(self.training, augment=None)),
+            self.seed,
+            self.tolerance,
+            sorted(FAMILIES),
+        )
         digest = hashlib.sha256(job_fingerprint(self.stream, self.learn, self.select).encode())
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(repr([place.candidate.name for place in self.places]).encode())

@@ -140,7 +140,7 @@ def test_kept_heads_are_taken_up_under_another_tolerance(tmp_path: Path) -> None
     other = dataclasses.replace(quick, tolerance=0.1)
     compile(chain(), CHAIN_ROWS, tmp_path / "two", options=other, work=work, say=said.append)
     assert any("resuming after epoch 10 of 10" in line for line in said)
-    assert (work / "heads0.pt").is_file()
+    assert (work / "heads0" / "heads.pt").is_file()
 
 
 class Untranslatable(Chain):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Chain, Interrupted, captured
+from models import Chain, Interrupted, captured, noisy
+from torch import nn
 
 from offramp.compiler import (
     FAMILIES,
@@ -42,16 +43,17 @@ from offramp.compiler.heads import (
     register_family,
     search_space,
 )
+from offramp.compiler.kept import Kept
 from offramp.compiler.learner import Learner
 from offramp.compiler.memory import groups
 from offramp.compiler.search import Found, Search, saved_at, search_heads, worth
-from offramp.compiler.stream import Kept, Stream
+from offramp.compiler.stream import Stream
 from offramp.passes import Backbone, Candidate, find_candidates
 from offramp.runtime.data import ArrayRows
 from offramp.runtime.errors import UsageError
 
 SEARCH = Search(engine="tpe", trials=3, waves=2, epochs=2)
-TRAINING = Training(epochs=3, batch=32)
+TRAINING = Training(epochs=3, batch=32, augment=noisy)
 LEARN, SELECT = np.arange(200), np.arange(200, 300)
 
 
@@ -180,7 +182,7 @@ def data() -> ArrayRows:
 
 
 def stream(backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows) -> Stream:
-    return Stream(backbone, candidates, data, 32, identity, 0)
+    return Stream(backbone, candidates, data, 32, noisy, 0)
 
 
 def count_passes(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -221,12 +223,57 @@ def test_kept_values_are_read_again_and_are_the_same_within_and_past_the_budget(
     assert held <= budget
 
 
+def test_rows_that_are_shown_again_are_kept_once_whatever_their_order(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    source = Stream(backbone, candidates, data, 32, identity, 0)
+    passes = count_passes(source, monkeypatch)
+    kept, none = Kept(source, tmp_path / "values", 10**9), Kept(source, tmp_path / "none", 0)
+    for epoch in (2, 0):
+        passes.clear()
+        read = list(kept.epoch(LEARN, epoch))
+        assert sum(passes) == (len(LEARN) if epoch == 2 else 0)
+        for one, other in zip(read, none.epoch(LEARN, epoch), strict=True):
+            torch.testing.assert_close(one.target, other.target)
+            for a, b in zip(one.values, other.values, strict=True):
+                torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)  # half precision of what rounds otherwise
+    kept.close()
+    assert not list(tmp_path.iterdir())
+
+
+class Words(nn.Module):
+    """Sequences of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.last = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.mix(self.embed(ids))).mean(1))
+
+
+def test_values_whose_size_differs_from_row_to_row_are_not_kept(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, 20, (64, 5))
+
+    class Uneven(ArrayRows):
+        def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+            return {"ids": super().take(indices)["ids"][:, : 4 + int(indices[0]) // 32]}
+
+    backbone = captured(Words, ids=torch.from_numpy(ids[:8]))
+    candidates = find_candidates(backbone).kept
+    kept = Kept(Stream(backbone, candidates, Uneven({"ids": ids}), 32, identity, 0), tmp_path / "values", 10**9)
+    for _ in range(2):
+        assert [o.values[0].shape[1] for o in kept.plain("all", np.arange(64))] == [4, 5]
+    assert not list((tmp_path / "values").iterdir())
+
+
 def searched(
     backbone: Backbone, candidates: tuple[Candidate, ...], rows: ArrayRows, folder: Path,
-    search: Search = SEARCH, seed: int = 0, said: list[str] | None = None,
+    search: Search = SEARCH, training: Training = TRAINING, seed: int = 0, said: list[str] | None = None,
 ) -> Found:  # fmt: skip
     return search_heads(
-        backbone, candidates, rows, learn=LEARN, select=SELECT, tolerance=0.05, search=search, training=TRAINING,
+        backbone, candidates, rows, learn=LEARN, select=SELECT, tolerance=0.05, search=search, training=training,
         seed=seed, folder=folder, report=(said if said is not None else []).append,
     )  # fmt: skip
 
@@ -281,15 +328,15 @@ def test_each_batch_goes_through_the_backbone_once_for_all_trials(
 def test_an_interrupted_search_goes_on_to_the_same_heads(
     backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, tmp_path: Path, engine: str, after: int
 ) -> None:
-    search = replace(SEARCH, engine=engine, kept_bytes=0)
-    expected = searched(backbone, candidates, data, tmp_path / "whole", search)
+    search, training = replace(SEARCH, engine=engine), replace(TRAINING, kept_bytes=0)
+    expected = searched(backbone, candidates, data, tmp_path / "whole", search, training)
     rows = Interrupted(data.take(np.arange(300)))
     rows.left = after
     with pytest.raises(KeyboardInterrupt):
-        searched(backbone, candidates, rows, tmp_path / "cut", search)
+        searched(backbone, candidates, rows, tmp_path / "cut", search, training)
     assert not (tmp_path / "cut" / "values").exists()
     said: list[str] = []
-    assert searched(backbone, candidates, data, tmp_path / "cut", search, said=said) == expected
+    assert searched(backbone, candidates, data, tmp_path / "cut", search, training, said=said) == expected
     assert any(line.startswith("search goes on after") for line in said) == (after > 8)
 
 
@@ -309,7 +356,6 @@ def test_another_jobs_checkpoint_is_not_taken_up(
         ({"trials": 1}, "1 trials in 2 waves"),
         ({"waves": 0}, "in 0 waves"),
         ({"epochs": 1}, "1 epochs of search"),
-        ({"kept_bytes": -1}, "-1 bytes"),
         ({"spaces": {"tree": {}}}, "head family 'tree', which is none of conv"),
         ({"spaces": {"dense": {}}}, "the search space is empty"),
         ({"spaces": {"dense": {"cost": {"_type": "choice", "_value": [0.1]}}}}, "search space of dense lacks dense"),
@@ -331,7 +377,7 @@ def test_a_compile_searches_within_its_memory_and_stores_what_it_found(tmp_path:
     manifest = compile(model, rows, tmp_path / "one", options=options, work=tmp_path / "work", say=said.append)
     assert "the memory budget takes the 2 candidates in 2 groups, one after the other" in said
     assert sum(line.startswith("searched 3 heads at 1 candidates") for line in said) == 2
-    assert {p.name for p in (tmp_path / "work").iterdir()} == {"heads0.pt", "heads1.pt", "search0", "search1"}
+    assert {p.name for p in (tmp_path / "work").iterdir()} == {"heads0", "heads1", "search0", "search1"}
     early = [e for e in manifest.exits if e.head != "backbone"]
     assert early, said
     for spec in early:

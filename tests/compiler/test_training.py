@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Chain, Interrupted, captured
+from models import Chain, Interrupted, captured, noisy
 
 from offramp.compiler import (
     AUGMENTATIONS,
@@ -32,6 +32,7 @@ from offramp.compiler import (
 )
 from offramp.compiler.augment import default_augmentation
 from offramp.compiler.heads import BUDGET, head_flops
+from offramp.compiler.stream import Observed, Stream
 from offramp.passes import Backbone, Candidate, Input, find_candidates
 from offramp.runtime.data import ArrayRows
 from offramp.runtime.errors import InputError, StorageError, UsageError
@@ -152,11 +153,11 @@ def data() -> ArrayRows:
 
 def trained(
     backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, training: Training = TRAINING,
-    seed: int = 0, checkpoint: Path | None = None, said: list[str] | None = None,
+    seed: int = 0, folder: Path | None = None, said: list[str] | None = None,
 ) -> tuple[Head, ...]:  # fmt: skip
     return distil(
         backbone, candidates, default_heads(backbone, candidates), data, learn=np.arange(200),
-        validate=np.arange(200, 300), training=training, seed=seed, checkpoint=checkpoint,
+        validate=np.arange(200, 300), training=training, seed=seed, folder=folder,
         report=(said if said is not None else []).append,
     )  # fmt: skip
 
@@ -168,10 +169,18 @@ def same(one: tuple[Head, ...], other: tuple[Head, ...]) -> bool:
     ) and [h.loss for h in one] == [h.loss for h in other]
 
 
+@pytest.fixture(scope="module", params=["every epoch another", "the same, none kept"])
+def training(request: pytest.FixtureRequest) -> Training:
+    """Both go through the backbone in every epoch."""
+    return replace(TRAINING, augment=noisy) if "another" in request.param else replace(TRAINING, kept_bytes=0)
+
+
 @pytest.fixture(scope="module")
-def whole(backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows) -> tuple[Head, ...]:
+def whole(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, training: Training
+) -> tuple[Head, ...]:
     """Three epochs without interruption."""
-    return trained(backbone, candidates, data)
+    return trained(backbone, candidates, data, training)
 
 
 def test_heads_learn_and_the_backbone_does_not(
@@ -186,62 +195,86 @@ def test_heads_learn_and_the_backbone_does_not(
 
 
 def test_same_seed_same_weights(
-    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, whole: tuple[Head, ...]
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, training: Training, whole: tuple[Head, ...]
 ) -> None:
     torch.manual_seed(1234)  # what the caller's own generator does is no matter
     state = torch.get_rng_state()
-    assert same(trained(backbone, candidates, data), whole)
+    assert same(trained(backbone, candidates, data, training), whole)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not same(trained(backbone, candidates, data, seed=1), whole)
+    assert not same(trained(backbone, candidates, data, training, seed=1), whole)
+
+
+def test_rows_that_are_shown_again_go_through_the_backbone_once(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    passes: list[int] = []
+    observe = Stream.observe
+
+    def counted(self: Stream, batch: Mapping[str, torch.Tensor]) -> Observed:
+        passes.append(len(next(iter(batch.values()))))
+        return observe(self, batch)
+
+    monkeypatch.setattr(Stream, "observe", counted)
+    kept = trained(backbone, candidates, data, folder=tmp_path)
+    assert sum(passes) == 300, "what it learns from and what it is validated on, whatever the epochs"
+    assert [p.name for p in tmp_path.iterdir()] == ["heads.pt"]
+    passes.clear()
+    computed = trained(backbone, candidates, data, replace(TRAINING, kept_bytes=0))
+    assert sum(passes) > 3 * 300
+    for one, other in zip(kept, computed, strict=True):  # batches of other rows round otherwise
+        assert one.loss == pytest.approx(other.loss, rel=1e-3)
 
 
 @pytest.fixture
-def checkpoint(
-    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, tmp_path: Path
+def work(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, training: Training, tmp_path: Path
 ) -> Iterator[Path]:
-    """What an interruption in the third epoch leaves behind."""
-    path = tmp_path / "work" / "heads.pt"
+    """What an interruption in the second or third epoch leaves behind."""
     rows = Interrupted(data.take(np.arange(300)))
-    rows.left = 24  # an epoch takes 6 or 7 batches, 4 to validate and one to fingerprint
+    rows.left = 24  # an epoch takes 6 to 8 batches, 4 to validate and one to fingerprint
     with pytest.raises(KeyboardInterrupt):
-        trained(backbone, candidates, rows, checkpoint=path)
-    assert path.is_file()
-    yield path
+        trained(backbone, candidates, rows, training, folder=tmp_path / "work")
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["heads.pt"]
+    yield tmp_path / "work"
 
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(
-    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, whole: tuple[Head, ...], checkpoint: Path
-) -> None:
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, training: Training,
+    whole: tuple[Head, ...], work: Path,
+) -> None:  # fmt: skip
     said: list[str] = []
-    assert same(trained(backbone, candidates, data, checkpoint=checkpoint, said=said), whole)
+    assert same(trained(backbone, candidates, data, training, folder=work, said=said), whole)
     assert said[-1] in ("resuming after epoch 1 of 3", "resuming after epoch 2 of 3")
-    assert [p.name for p in checkpoint.parent.iterdir()] == ["heads.pt"]
+    assert [p.name for p in work.iterdir()] == ["heads.pt"]
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 no zip", b"\x80\x04N.", "a list"])
 def test_a_damaged_checkpoint_only_costs_time(
-    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, whole: tuple[Head, ...],
-    tmp_path: Path, content: bytes | str,
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, training: Training,
+    whole: tuple[Head, ...], tmp_path: Path, content: bytes | str,
 ) -> None:  # fmt: skip
     path = tmp_path / "heads.pt"
     torch.save([1], path) if isinstance(content, str) else path.write_bytes(content)
     said: list[str] = []
-    assert same(trained(backbone, candidates, data, checkpoint=path, said=said), whole)
+    assert same(trained(backbone, candidates, data, training, folder=tmp_path, said=said), whole)
     assert not any("resuming" in line for line in said)
 
 
 def test_a_truncated_checkpoint_only_costs_time(
-    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, whole: tuple[Head, ...], checkpoint: Path
-) -> None:
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, training: Training,
+    whole: tuple[Head, ...], work: Path,
+) -> None:  # fmt: skip
+    checkpoint = work / "heads.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    assert same(trained(backbone, candidates, data, checkpoint=checkpoint), whole)
+    assert same(trained(backbone, candidates, data, training, folder=work), whole)
 
 
 def test_another_jobs_checkpoint_is_not_taken_up(
-    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, checkpoint: Path
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, training: Training, work: Path
 ) -> None:
     said: list[str] = []
-    trained(backbone, candidates, data, seed=7, checkpoint=checkpoint, said=said)
+    trained(backbone, candidates, data, training, seed=7, folder=work, said=said)
     assert not any("resuming" in line for line in said)
 
 
@@ -252,7 +285,7 @@ def test_a_folder_that_cannot_be_made_is_found_before_training(
     rows = Interrupted(data.take(np.arange(300)))
     rows.left = 1
     with pytest.raises(StorageError, match="cannot be made"):
-        trained(backbone, candidates, rows, checkpoint=tmp_path / "file" / "work" / "heads.pt")
+        trained(backbone, candidates, rows, folder=tmp_path / "file" / "work")
 
 
 @pytest.mark.parametrize(
@@ -262,6 +295,7 @@ def test_a_folder_that_cannot_be_made_is_found_before_training(
         ({"batch": 1}, "batches of 1"),
         ({"learning_rate": float("nan")}, "learning rate nan"),
         ({"weight_decay": -1.0}, "weight decay -1.0"),
+        ({"kept_bytes": -1}, "-1 bytes"),
         ({"augment": "rotate"}, "augmentation 'rotate' is unknown; use one of none, flip-shift"),
     ],
 )
