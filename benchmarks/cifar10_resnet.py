@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +23,28 @@ import numpy as np
 import torch
 
 from benchmarks.cifar import data_dir, load_images, report_splits, resnet20, resnet56, untouched_rows
-from benchmarks.resplits import Answers, judge, summarise
-from benchmarks.tables import markdown, replace_block
+from benchmarks.resplits import Answers, judge_all
+from benchmarks.tables import log, markdown, replace_block
 from offramp.compiler import (
     ALL_POLICIES,
     Options,
     Training,
-    as_rows,
     calibrate,
-    capture,
-    choose_candidates,
     compile,
     costs,
-    input_specs,
-    keep_independent,
     load_weights,
+    prepare,
     record,
+    train,
 )
-from offramp.compiler.compile import train
-from offramp.compiler.measure import machine, usable_cores, versions
+from offramp.compiler.measure import machine, versions
 from offramp.compiler.package import CERTIFIED
-from offramp.compiler.stream import tensors
-from offramp.passes import find_candidates
-from offramp.runtime.data import fit_rows
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.table import percent, render
 
 MODELS = {"resnet20": resnet20, "resnet56": resnet56}
 RESULTS = Path(__file__).parent / "results" / "cifar10_resnet.json"
 ARTIFACTS = Path("build") / "benchmarks"
-SPLITS = 10  # per training seed
 
 
 def backbone_of(model: str) -> torch.nn.Module:
@@ -76,21 +65,18 @@ def run(model: str, options: Options) -> Manifest:
     out = ARTIFACTS / f"{model}-{options.policy}-{options.tolerance:g}"
     return compile(
         backbone_of(model), images, out, labels=labels, options=options, splits=report_splits(options.seed),
-        name=model, work=work_of(model, options.seed), say=_log,
+        name=model, work=work_of(model, options.seed), say=log,
     )  # fmt: skip
 
 
 def recorded(model: str, training: Training, seed: int) -> Answers:
     """The steps of `compile` up to the recording, over the whole untouched half."""
     images, labels = load_images()
-    rows, splits, options = as_rows(images), report_splits(seed), Options(training=training, seed=seed)
-    example = tensors(rows, np.arange(8))
-    backbone = capture(backbone_of(model), example, name=model)
-    rows = fit_rows(rows, input_specs(backbone))
-    found = keep_independent(backbone, find_candidates(backbone), tuple(example.values()))
-    candidates = choose_candidates(backbone, found, options.max_candidates)
-    heads = train(backbone, candidates, rows, splits, options, work_of(model, seed), _log)
-    temperatures = calibrate(record(backbone, heads, rows, splits.calibrate, "calibrate"))
+    options = Options(training=training, seed=seed)
+    ready = prepare(backbone_of(model), images, options=options, splits=report_splits(seed), name=model)
+    heads = train(ready, options, work_of(model, seed), log)
+    backbone, rows = ready.backbone, ready.rows
+    temperatures = calibrate(record(backbone, heads, rows, ready.splits.calibrate, "calibrate"))
     fresh = np.sort(untouched_rows()[1])
     return Answers(record(backbone, heads, rows, fresh, "answers"), temperatures, labels[fresh], costs(backbone, heads))
 
@@ -191,18 +177,6 @@ def spread_table(spreads: Sequence[Mapping[str, Any]]) -> str:
     return markdown(SPREAD_HEAD, rows)
 
 
-def spread(answers: Sequence[Answers], options: Options) -> dict[str, Any]:
-    """One choice of options over `SPLITS` splits of each training seed's answers."""
-    jobs = [(one, options, split) for one in answers for split in range(SPLITS)]
-    with ProcessPoolExecutor(usable_cores(), mp_context=get_context("spawn")) as pool:
-        outcomes = list(pool.map(judge, *zip(*jobs, strict=True)))
-    return summarise(outcomes, options.tolerance)
-
-
-def _log(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
@@ -224,9 +198,9 @@ def main() -> None:
                     tolerance=tolerance, policy=policy, seed=args.seeds[0], threads=args.threads, training=training
                 )
                 named = {"model": model, "policy": policy, "tolerance": tolerance}
-                spreads.append({**named, **spread(answers, options)})
+                spreads.append({**named, **judge_all(answers, options)})
                 manifest = run(model, options)
-                _log(render(manifest))
+                log(render(manifest))
                 results.append(summary(model, manifest))
     result = {
         "command": "python -m benchmarks.cifar10_resnet",

@@ -12,47 +12,39 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.resplits import Answers, judge, summarise
-from benchmarks.tables import markdown, replace_block
+from benchmarks.resplits import Answers, judge_all
+from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS, Task
 from offramp.compiler import (
     Options,
     RowSplits,
     Training,
     calibrate,
-    capture,
-    choose_candidates,
     costs,
-    input_specs,
-    keep_independent,
+    finish,
+    prepare,
     record,
+    records,
+    train,
 )
-from offramp.compiler.capture import bind
-from offramp.compiler.compile import records, train
-from offramp.compiler.measure import machine, usable_cores, versions
+from offramp.compiler.measure import machine, versions
 from offramp.compiler.search import NONE, Search
-from offramp.compiler.stream import tensors
 from offramp.compiler.thresholds import oracle_cost
-from offramp.passes import find_candidates
-from offramp.runtime.data import fit_rows
 from offramp.runtime.table import percent
 
 RESULTS = Path(__file__).parent / "results" / "heads.json"
 WORK = Path("build") / "benchmarks"
 TOLERANCES = (0.005, 0.01, 0.02)
 POLICIES = ("certified", "joint")
-SPLITS = 10
 HEAD = (
     "task, policy and tolerance", "default heads save", "searched heads save", "oracle", "disagreement",
     "accuracy, points",
@@ -60,31 +52,32 @@ HEAD = (
 
 
 def answers(task: Task, options: Options, kind: str) -> tuple[Answers, dict[str, Any]]:
-    """Train heads of one kind -> what they answer on the rows to score and to judge by, and what that took."""
-    example = tensors(task.rows, task.learn[:8])
-    backbone = capture(task.model, example, name=task.name)
-    rows = fit_rows(task.rows, input_specs(backbone))
-    found = keep_independent(backbone, find_candidates(backbone), bind(backbone.inputs, example, task.name))
-    candidates = choose_candidates(backbone, found, options.max_candidates)
-    nothing = np.empty(0, np.int64)
-    splits = RowSplits(options.seed, task.learn, task.validate, task.score, nothing, nothing)
+    """Compile with heads of one kind -> what they answer on the rows to score and to judge by, and what that took."""
+    work, out = WORK / f"heads-{task.name}-{kind}.work", WORK / f"heads-{task.name}-{kind}"
+    certify, test = np.array_split(task.judged, 2)  # for the artifact; the table's figures are of many such halvings
+    splits = RowSplits(options.seed, task.learn, task.validate, task.score, certify, test)
     started = time.perf_counter()
-    heads = train(backbone, candidates, rows, splits, options, WORK / f"heads-{task.name}-{kind}.work", _log)
-    seconds = time.perf_counter() - started
-    temperatures = calibrate(record(backbone, heads, rows, task.validate, "calibrate"))
+    ready = prepare(task.model, task.rows, options=options, splits=splits, name=task.name, say=log)
+    heads = train(ready, options, work, log)
+    trained = time.perf_counter()
+    manifest = finish(ready, heads, out, options, log)
+    done = time.perf_counter()
+    temperatures = calibrate(record(ready.backbone, heads, ready.rows, task.validate, "calibrate"))
     asked = np.concatenate([task.score, task.judged])
-    given = Answers(
-        record(backbone, heads, rows, asked, "answers"), temperatures, task.labels[asked], costs(backbone, heads)
-    )
-    every = records(given.recording, given.temperatures)
+    price = costs(ready.backbone, heads)
+    recording = record(ready.backbone, heads, ready.rows, asked, "answers")
+    given = Answers(recording, temperatures, task.labels[asked], price)
+    every = records(recording, temperatures)
     told = {
-        "seconds": seconds,
-        "oracle_saved": 1 - oracle_cost(every, given.costs) / float(given.costs.reach[-1]),
+        "train_s": trained - started,
+        "compile_s": done - started,
+        "oracle_saved": 1 - oracle_cost(every, price) / float(price.reach[-1]),
+        "timings": [asdict(timing) for timing in manifest.measured.timings],
         "heads": [
             {
                 "place": h.candidate.place,
                 "head": h.config.describe(),
-                "flops_share": float(given.costs.head[i] / given.costs.reach[-1]),
+                "flops_share": float(price.head[i] / price.reach[-1]),
                 "agreement": float(every.agrees[:, i].mean()),
             }
             for i, h in enumerate(heads)
@@ -93,26 +86,18 @@ def answers(task: Task, options: Options, kind: str) -> tuple[Answers, dict[str,
     return given, told
 
 
-def judged(given: Answers, options: Options, seen: int) -> dict[str, Any]:
-    """One choice of options over `SPLITS` splits."""
-    jobs = [(given, options, split, seen) for split in range(SPLITS)]
-    with ProcessPoolExecutor(usable_cores(), mp_context=get_context("spawn")) as pool:
-        outcomes = list(pool.map(judge, *zip(*jobs, strict=True)))
-    return summarise(outcomes, options.tolerance)
-
-
-def compared(task: Task, training: Training, search: Search, seed: int) -> dict[str, Any]:
+def compared(task: Task, training: Training, search: Search, seed: int, threads: int) -> dict[str, Any]:
     """Both kinds of heads at every tolerance under every policy."""
     result: dict[str, Any] = {"task": task.name, "rows": {}, "kinds": {}, "splits": []}
     result["rows"] = {part: len(getattr(task, part)) for part in ("learn", "validate", "score", "judged")}
     for kind, chosen in (("default", Search()), ("searched", search)):
-        options = Options(training=training, search=chosen, seed=seed)
+        options = Options(training=training, search=chosen, seed=seed, threads=threads)
         given, result["kinds"][kind] = answers(task, options, kind)
         for policy in POLICIES:
             for tolerance in TOLERANCES:
-                asked = Options(tolerance=tolerance, policy=policy, training=training, seed=seed)
+                asked = replace(options, tolerance=tolerance, policy=policy)
                 named = {"kind": kind, "policy": policy, "tolerance": tolerance}
-                result["splits"].append({**named, **judged(given, asked, len(task.score))})
+                result["splits"].append({**named, **judge_all([given], asked, len(task.score))})
     return result
 
 
@@ -140,10 +125,6 @@ def _spread(value: Mapping[str, float], digits: int) -> str:
     return f"{value['mean'] * 100:.{digits}f} ± {value['sd'] * 100:.{digits}f}"
 
 
-def _log(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
@@ -160,7 +141,7 @@ def main() -> None:
     results = {result["task"]: result for result in before}
     for name in args.tasks:
         results[name] = {
-            **compared(TASKS[name](args.seed), Training(epochs=args.epochs), search, args.seed),
+            **compared(TASKS[name](args.seed), Training(epochs=args.epochs), search, args.seed, args.threads),
             "machine": machine(), "versions": versions(), "seed": args.seed, "epochs": args.epochs,
             "engine": args.engine, "trials": args.trials, "threads": args.threads,
         }  # fmt: skip

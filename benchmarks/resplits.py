@@ -8,7 +8,9 @@ splits say what to expect, and how far a single compile may stray from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from statistics import mean, stdev
 from typing import Any
 
@@ -16,8 +18,10 @@ import numpy as np
 
 from offramp.compiler import Costs, Options, Recording, Records
 from offramp.compiler.compile import choose_exits, records
+from offramp.compiler.measure import usable_cores
 from offramp.compiler.thresholds import disagreement, exits_taken, expected_cost
 
+SPLITS = 10  # per training seed
 SHARES = (0.4, 0.7)  # ends of select and certify: 40 % select, 30 % certify, 30 % test
 
 
@@ -57,6 +61,13 @@ def judge(answers: Answers, options: Options, seed: int, seen: int = 0) -> dict[
         "accuracy": float((exit_classes == labels).mean()),
         "exits": float(len(selection.chosen)),
     }
+
+
+def judge_all(answers: Sequence[Answers], options: Options, seen: int = 0) -> dict[str, Any]:
+    """One choice of options over `SPLITS` splits of each training seed's answers."""
+    jobs = [(one, options, split, seen) for one in answers for split in range(SPLITS)]
+    with ProcessPoolExecutor(usable_cores(), mp_context=get_context("spawn")) as pool:
+        return summarise(list(pool.map(judge, *zip(*jobs, strict=True))), options.tolerance)
 
 
 def summarise(outcomes: Sequence[dict[str, float]], tolerance: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,3 +21,8 @@ def replace_block(name: str, text: str) -> None:
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, after = page[: page.index(start) + len(start)], page[page.index(end) :]
     README.write_text(f"{before}\n{text}\n{after}")
+
+
+def log(line: str) -> None:
+    """To stderr, where progress goes."""
+    sys.stderr.write(f"{line}\n")

@@ -16,7 +16,7 @@
 from .augment import AUGMENTATIONS, Augment
 from .capture import capture
 from .certify import Certified, certified, rows_needed
-from .compile import as_rows, choose_candidates, compile, costs, exit_plan, records
+from .compile import Ready, as_rows, choose_candidates, compile, costs, exit_plan, finish, prepare, records, train
 from .distill import Head, Training, default_heads, distil
 from .emit import ALL_TARGETS, TARGETS, emit
 from .equivalence import Equivalence, compare
@@ -50,6 +50,7 @@ __all__ = [
     "Job",
     "Options",
     "Outcome",
+    "Ready",
     "Recording",
     "Records",
     "RowSplits",
@@ -74,6 +75,7 @@ __all__ = [
     "equal",
     "evaluate",
     "exit_plan",
+    "finish",
     "geometric",
     "input_specs",
     "joint",
@@ -81,6 +83,7 @@ __all__ = [
     "load_model",
     "load_weights",
     "pack",
+    "prepare",
     "record",
     "records",
     "register_family",
@@ -90,4 +93,5 @@ __all__ = [
     "search_space",
     "select",
     "split_rows",
+    "train",
 ]

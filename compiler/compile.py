@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from offramp.passes import (
     Candidate,
     Candidates,
     ExitPlan,
+    Observer,
     PlannedExit,
     Refusal,
     Trace,
@@ -30,6 +32,7 @@ from offramp.passes import (
 )
 from offramp.runtime.artifact import check_output, write_artifact
 from offramp.runtime.data import ArrayRows, Rows, fit_rows
+from offramp.runtime.engine import ModelBytes
 from offramp.runtime.errors import InputError, NoCandidateError, UsageError
 from offramp.runtime.manifest import Certificate, Manifest
 
@@ -51,6 +54,7 @@ _EXAMPLE_ROWS = 8
 _MARGIN = 0.05  # by which a head's loss must be under that of a constant answer
 
 Say = Callable[[str], None]
+Choose = Callable[[Mapping[str, Records], Costs, Options], tuple[Selection, Certificate | None]]
 
 
 def compile(
@@ -78,15 +82,47 @@ def compile(
     """
     out, options = Path(out), options or Options()
     check_output(out)
-    rows = as_rows(data, labels)
+    ready = prepare(model, data, labels=labels, options=options, splits=splits, name=name, say=say)
+    kept = work or out.absolute().with_name(out.name + ".work")
+    heads = train(ready, options, kept, say)
+    manifest = finish(ready, heads, out, options, say)
+    if work is None:
+        shutil.rmtree(kept, ignore_errors=True)
+    return manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A model and its rows, with the places where exits may go: all that training needs."""
+
+    backbone: Backbone
+    candidates: tuple[Candidate, ...]
+    rows: Rows
+    splits: RowSplits
+    plain: ModelBytes | None  # the backbone alone as ONNX
+    trace: Trace  # the graph after every pass
+
+
+def prepare(
+    model: nn.Module | ExportedProgram,
+    data: Rows | np.ndarray | Mapping[str, np.ndarray],
+    *,
+    labels: np.ndarray | None = None,
+    options: Options | None = None,
+    splits: RowSplits | None = None,
+    name: str | None = None,
+    say: Say = lambda line: None,
+) -> Ready:
+    """The first part of `compile`: capture, candidates, and whether the rest can be done at all."""
+    options, rows = options or Options(), as_rows(data, labels)
     splits = split_rows(len(rows), options.seed) if splits is None else splits
     check_splits(splits, len(rows))
+    if options.policy == CERTIFIED:
+        check_rows(len(splits.certify), options.tolerance, options.delta)
     say("capturing the model's graph")
     example = tensors(rows, np.arange(min(_EXAMPLE_ROWS, len(rows))))
-    trace = Trace()
-    observers = (trace, verified) if options.verify else (trace,)
-    with observed(*observers):
-        said = options.signature
+    trace, said = Trace(), options.signature
+    with observed(*_observers(trace, options)):
         backbone = capture(
             model, example, name=name, dynamic=said.dynamic, output=said.output, scores=said.scores, say=say
         )
@@ -96,11 +132,15 @@ def compile(
     plain = plain_model(backbone, options.targets)  # an operator no target can express is better found before training
     candidates = choose_candidates(backbone, found, options.max_candidates)
     say(f"{backbone.name}: {len(found.kept)} candidates, {len(found.refused)} places refused; {len(candidates)} taken")
+    return Ready(backbone, candidates, rows, splits, plain, trace)
 
-    if options.policy == CERTIFIED:
-        check_rows(len(splits.certify), options.tolerance, options.delta)
-    kept = work or out.absolute().with_name(out.name + ".work")
-    heads = train(backbone, candidates, rows, splits, options, kept, say)
+
+def finish(
+    ready: Ready, heads: Sequence[Head], out: str | Path, options: Options, say: Say = lambda line: None,
+    choose: Choose | None = None,
+) -> Manifest:  # fmt: skip
+    """The last part of `compile`: trained heads -> artifact. `choose` takes the place of `choose_exits`."""
+    backbone, rows, splits = ready.backbone, ready.rows, ready.splits
     calibration = record(backbone, heads, rows, splits.calibrate, "calibrate")
     heads, calibration = keep_beyond_chance(heads, calibration, say)
     temperatures = calibrate(calibration)
@@ -108,23 +148,24 @@ def compile(
         part: records(record(backbone, heads, rows, getattr(splits, part), part), temperatures)
         for part in ("select", "certify", "test")
     }
-    selection, certificate = choose_exits(recorded, costs(backbone, heads), options)
+    price = costs(backbone, heads)
+    selection, certificate = (choose or choose_exits)(recorded, price, options)
     seen = f"{selection.disagreement:.2%} disagreement on the {len(splits.select)} rows they were chosen on"
     say(f"{len(selection.chosen)} exits chosen by {options.policy}: {seen}")
-
-    with observed(*observers):
+    with observed(*_observers(ready.trace, options)):
         program = build_program(
             backbone, exit_plan(selection, heads, temperatures), {h.candidate.name: h.module for h in heads}
         )
     job = Job(
-        rows, splits, heads, temperatures, recorded, costs(backbone, heads), selection, certificate, plain, options,
-        trace,
-    )  # fmt: skip
+        rows, splits, heads, temperatures, recorded, price, selection, certificate, ready.plain, options, ready.trace
+    )
     manifest, files = pack(program, job)
-    write_artifact(out, manifest, files)
-    if work is None:
-        shutil.rmtree(kept, ignore_errors=True)
+    write_artifact(Path(out), manifest, files)
     return manifest
+
+
+def _observers(trace: Trace, options: Options) -> tuple[Observer, ...]:
+    return (trace, verified) if options.verify else (trace,)
 
 
 def as_rows(data: Rows | np.ndarray | Mapping[str, np.ndarray], labels: np.ndarray | None = None) -> Rows:
@@ -162,11 +203,9 @@ def choose_candidates(backbone: Backbone, found: Candidates, limit: int) -> tupl
     return tuple(found.kept[i] for i in sorted({int(np.abs(depths - w).argmin()) for w in wanted}))
 
 
-def train(
-    backbone: Backbone, candidates: Sequence[Candidate], rows: Rows, splits: RowSplits, options: Options, folder: Path,
-    say: Say = lambda line: None,
-) -> tuple[Head, ...]:  # fmt: skip
+def train(ready: Ready, options: Options, folder: Path, say: Say = lambda line: None) -> tuple[Head, ...]:
     """A trained head for every candidate, of the default kind or as a search finds; checkpoints lie in `folder`."""
+    backbone, candidates, rows, splits = ready.backbone, ready.candidates, ready.rows, ready.splits
     training, search = options.training, options.search
     share = -(-search.trials // search.waves) + 1 if search.engine != NONE else 1
     heads: list[Head] = []

@@ -85,6 +85,8 @@ class EngineSession:
                 "set TMPDIR to a folder with room for them"
             ) from error
         except Exception as error:  # ONNX Runtime's errors share no other root
+            if "bad_alloc" in str(error):
+                raise StorageError(f"{name}: does not fit into memory; give this process more of it") from error
             raise ArtifactError(
                 f"{name}: refused by onnxruntime {ort.__version__} ({_reason(error)}); "
                 "upgrade onnxruntime or compile the model again"

@@ -18,7 +18,7 @@ from onnx import TensorProto, external_data_helper, helper
 
 from offramp.runtime.artifact import EXTERNAL
 
-INLINE_LIMIT = 7 << 28  # 1.75 GiB: room below protobuf's 2 GiB for the graph itself
+INLINE_LIMIT = 1 << 30  # well below 2 GiB: while branches are nested in branches, protobuf holds and grows copies
 _STAYS = 1024  # bytes
 _ALIGNED = 64  # bytes; vector loads want it
 
