@@ -42,8 +42,11 @@ test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.cifar10_resnet
+	$(BIN)/python -m benchmarks.cifar10_resnet --epochs 50
 	$(BIN)/python -m benchmarks.single_file
+	$(BIN)/python -m benchmarks.heads
+	$(BIN)/python -m benchmarks.search_cost
+	$(BIN)/python -m benchmarks.ablation
 
 # Hundreds of models with random weights: its own environment, for it needs torchvision and timm, and hours. Stopped,
 # it goes on where it was; docs/zoo.md is written of what is done.

@@ -40,7 +40,7 @@ CHECKPOINT = "heads.pt"
 class Training:
     """How heads are trained."""
 
-    epochs: int = 50
+    epochs: int = 30
     batch: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2

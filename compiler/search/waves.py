@@ -47,9 +47,9 @@ class Search:
     """How heads are searched; `engine` "none" takes the default heads."""
 
     engine: str = NONE
-    trials: int = 8  # per candidate, beside its default head
+    trials: int = 6  # per candidate, beside its default head
     waves: int = 2
-    epochs: int = 6  # that the better half of a wave learns for
+    epochs: int = 4  # that the better half of a wave learns for
     spaces: Mapping[str, Space] = field(default_factory=dict)  # by family, in place of the family's own
 
     def __post_init__(self) -> None:
