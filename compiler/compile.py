@@ -187,10 +187,10 @@ def choose_candidates(backbone: Backbone, found: Candidates, limit: int) -> tupl
     Raises `NoCandidateError` with the most frequent refusals when there is none.
     """
     if not found.kept:
-        kinds: dict[str, list[Refusal]] = defaultdict(list)
+        rules: dict[str, list[Refusal]] = defaultdict(list)
         for refusal in found.refused:
-            kinds[refusal.kind].append(refusal)
-        frequent = sorted(kinds.values(), key=len, reverse=True)[:3]
+            rules[refusal.rule].append(refusal)
+        frequent = sorted(rules.values(), key=len, reverse=True)[:3]
         reasons = [f"{len(same)} such as {same[-1].name} ({same[-1].place}): {same[-1].reason}" for same in frequent]
         raise NoCandidateError(
             f"{backbone.name} has no place for an exit among {len(found.refused)} considered: "

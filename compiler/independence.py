@@ -38,9 +38,12 @@ def keep_independent(backbone: Backbone, found: Candidates, arguments: Sequence[
         _, *again = taps(*(a[order] for a in arguments))
     changes = {c.name: difference(v, w, order) for c, v, w in zip(found.kept, values, again, strict=True)}
     refused = [
-        Refusal(c.name, c.place, f"a row's value changes by {changes[c.name]:.1%} of its scale with the rows beside it")
+        Refusal(
+            c.name, c.place, f"a row's value changes by {changes[c.name]:.1%} of its scale with the rows beside it",
+            "independent",
+        )
         for c in found.kept
         if not changes[c.name] <= TOLERANCE
-    ]
+    ]  # fmt: skip
     names = {r.name for r in refused}
     return Candidates(tuple(c for c in found.kept if c.name not in names), (*found.refused, *refused))

@@ -20,7 +20,6 @@ The rules, in the order they are asked:
 from __future__ import annotations
 
 import operator
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -59,11 +58,7 @@ class Refusal:
     name: str
     place: str
     reason: str
-
-    @property
-    def kind(self) -> str:
-        """The reason without the names and numbers of one node."""
-        return re.sub(r"\d[\d.,]*", "N", self.reason.split(":")[-1 if self.reason.startswith("inside ") else 0])
+    rule: str  # that refused it: a filter's name, or what else there is
 
 
 @dataclass(frozen=True)
@@ -197,21 +192,21 @@ def find_candidates(
     values = analyse(backbone)
     context = Context(values, limits or Limits(), {})
     kept: list[fx.Node] = []
-    reasons: dict[fx.Node, str] = {}
+    reasons: dict[fx.Node, tuple[str, str]] = {}  # and the rule
     considered = [n for n in backbone.graph.nodes if n in values.graph and n.op == "call_function"]
     for node in considered:
-        reason = next((r for f in filters if (r := f(node, context)) is not None), None)
-        if reason is None:
+        why = next(((r, f.__name__) for f in filters if (r := f(node, context)) is not None), None)
+        if why is None:
             kept.append(node)
         else:
-            reasons[node] = reason
+            reasons[node] = why
     for node, better in _duplicates(kept, values):
         kept.remove(node)
-        reasons[node] = f"duplicate of its neighbour {better.name}: no compute lies between them"
+        reasons[node] = f"duplicate of its neighbour {better.name}: no compute lies between them", "duplicate"
     total = values.total_flops()
     return Candidates(
         kept=tuple(_candidate(n, context, total) for n in kept),
-        refused=tuple(Refusal(n.name, module_path(n), reasons[n]) for n in considered if n in reasons),
+        refused=tuple(Refusal(n.name, module_path(n), *reasons[n]) for n in considered if n in reasons),
     )
 
 

@@ -85,7 +85,7 @@ def describe(found: Candidates, row: Row) -> None:
     row["candidates"] = len(found.kept)
     row["places"] = [f"{c.place} ({c.name})" for c in found.kept]
     row["side_inputs"] = sorted({s for c in found.kept for s in c.side_inputs})
-    row["refusals"] = dict(Counter(r.kind for r in found.refused).most_common())
+    row["refusals"] = dict(Counter(r.rule for r in found.refused).most_common())
 
 
 def exercise(program: ExitProgram, built: Built, row: Row, work: Path) -> None:

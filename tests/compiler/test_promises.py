@@ -15,6 +15,19 @@ from offramp.compiler.emit import backbone_model
 TOKENS, WINDOW = 6, 2
 
 
+def assert_same_in_onnx(model: nn.Module, atol: float = 1e-5, rtol: float = 0.0, **inputs: torch.Tensor) -> None:
+    """The emitted backbone's probabilities are the model's, for all the rows and for one."""
+    model.eval()
+    backbone = captured(model, **inputs)
+    session = ort.InferenceSession(backbone_model(backbone).proto, providers=["CPUExecutionProvider"])
+    for count in (len(next(iter(inputs.values()))), 1):
+        rows = {name: x[:count] for name, x in inputs.items()}
+        with torch.no_grad():
+            expected = torch.softmax(model(**rows), 1)
+        found = session.run(None, {name: x.numpy() for name, x in rows.items()})[0]
+        np.testing.assert_allclose(found, expected.numpy(), atol=atol, rtol=rtol)
+
+
 class Windowed(nn.Module):
     """Every token attends to itself and the one before, if they are there; all tokens are averaged in the end."""
 
@@ -40,12 +53,7 @@ def test_a_token_with_nothing_to_attend_to_gets_zeros(minus_infinity: bool) -> N
     length = torch.tensor([1, 2, 3, 4, 5, 6, 2, 3])
     mask = (torch.arange(TOKENS) < length[:, None]).long()
     torch.manual_seed(0)
-    model = Windowed(minus_infinity).eval()
-    backbone = captured(model, x=x, mask=mask)
-    session = ort.InferenceSession(backbone_model(backbone).proto, providers=["CPUExecutionProvider"])
-    found = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})[0]
-    with torch.no_grad():
-        np.testing.assert_allclose(found, torch.softmax(model(x, mask), 1).numpy(), atol=1e-5)
+    assert_same_in_onnx(Windowed(minus_infinity), x=x, mask=mask)
 
 
 class TinyEpsilon(nn.Module):
@@ -62,14 +70,9 @@ class TinyEpsilon(nn.Module):
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-8, 1e-12])
 def test_a_tiny_number_added_is_not_nothing(epsilon: float) -> None:
     torch.manual_seed(0)
-    model = TinyEpsilon(epsilon).eval()
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)) * 1e-5
     x[3:5] = 0
-    session = ort.InferenceSession(backbone_model(captured(model, x=x)).proto, providers=["CPUExecutionProvider"])
-    with torch.no_grad():
-        np.testing.assert_allclose(
-            session.run(None, {"x": x.numpy()})[0], torch.softmax(model(x), 1).numpy(), rtol=1e-4, atol=1e-6
-        )
+    assert_same_in_onnx(TinyEpsilon(epsilon), x=x, rtol=1e-4, atol=1e-6)
 
 
 class Blocks(nn.Module):
@@ -93,13 +96,8 @@ class Blocks(nn.Module):
 @pytest.mark.parametrize("dimensions", [3, 5])
 def test_attention_over_any_number_of_dimensions(dimensions: int, masked: bool) -> None:
     torch.manual_seed(0)
-    model = Blocks(dimensions, masked).eval()
     x = torch.randn(8, TOKENS, 4, generator=torch.Generator().manual_seed(1))
-    session = ort.InferenceSession(backbone_model(captured(model, x=x)).proto, providers=["CPUExecutionProvider"])
-    with torch.no_grad():
-        np.testing.assert_allclose(
-            session.run(None, {"x": x.numpy()})[0], torch.softmax(model(x), 1).numpy(), atol=1e-5
-        )
+    assert_same_in_onnx(Blocks(dimensions, masked), x=x)
 
 
 class Less(nn.Module):
@@ -113,13 +111,8 @@ class Less(nn.Module):
 
 def test_a_number_less_a_tensor() -> None:
     torch.manual_seed(0)
-    model = Less().eval()
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-    session = ort.InferenceSession(backbone_model(captured(model, x=x)).proto, providers=["CPUExecutionProvider"])
-    with torch.no_grad():
-        np.testing.assert_allclose(
-            session.run(None, {"x": x.numpy()})[0], torch.softmax(model(x), 1).numpy(), atol=1e-5
-        )
+    assert_same_in_onnx(Less(), x=x)
 
 
 class Pooled(nn.Module):
@@ -137,13 +130,8 @@ class Pooled(nn.Module):
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_a_padded_map_is_pooled_with_its_padding(value: float) -> None:
     torch.manual_seed(0)
-    model = Pooled(value).eval()
     x = torch.randn(8, 1, 9, 9, generator=torch.Generator().manual_seed(1))
-    session = ort.InferenceSession(backbone_model(captured(model, x=x)).proto, providers=["CPUExecutionProvider"])
-    for count in (1, 8):
-        with torch.no_grad():
-            found = session.run(None, {"x": x[:count].numpy()})[0]
-            np.testing.assert_allclose(found, torch.softmax(model(x[:count]), 1).numpy(), atol=1e-5)
+    assert_same_in_onnx(Pooled(value), x=x)
 
 
 class Clipped(nn.Module):
@@ -162,10 +150,5 @@ class Clipped(nn.Module):
 
 def test_one_value_clipped_several_times() -> None:
     torch.manual_seed(0)
-    model = Clipped().eval()
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-    session = ort.InferenceSession(backbone_model(captured(model, x=x)).proto, providers=["CPUExecutionProvider"])
-    with torch.no_grad():
-        np.testing.assert_allclose(
-            session.run(None, {"x": x.numpy()})[0], torch.softmax(model(x), 1).numpy(), atol=1e-5
-        )
+    assert_same_in_onnx(Clipped(), x=x)
