@@ -216,6 +216,10 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
         help="what training may take beside the model and the data, such as 2GiB (default: no bound)",
     )  # fmt: skip
     parser.add_argument(
+        "--device", default=Training.device, metavar="NAME",
+        help="to train heads on, such as cuda; has no bearing on what is served on (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--disk-budget", type=byte_size, metavar="SIZE", default=Training.kept_bytes,
         help="what training may keep on disk of the backbone's values (default: 2GiB)",
     )  # fmt: skip
@@ -247,7 +251,7 @@ def _run_compile(args: argparse.Namespace) -> int:
         delta=args.delta,
         seed=args.seed,
         targets=tuple(dict.fromkeys(args.target or TARGETS)),
-        training=Training(epochs=args.epochs, augment=args.augment, kept_bytes=args.disk_budget),
+        training=Training(epochs=args.epochs, augment=args.augment, device=args.device, kept_bytes=args.disk_budget),
         search=Search(engine=args.search, trials=args.trials, spaces=read_spaces(args.space) if args.space else {}),
         memory_budget=args.memory_budget,
         max_candidates=args.max_candidates,

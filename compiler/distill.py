@@ -31,7 +31,7 @@ from .heads import HeadConfig, Shape, build_head, default_head
 from .kept import Kept
 from .learner import Learner, divergence
 from .progress import bar
-from .stream import Observed, Stream, mix
+from .stream import CPU, Observed, Stream, mix
 
 CHECKPOINT = "heads.pt"
 
@@ -45,6 +45,7 @@ class Training:
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
     augment: str | Augment | None = None  # a name from AUGMENTATIONS or a function; None: by the kind of input
+    device: str = CPU  # to train on, whatever is served on
     kept_bytes: int = 2 << 30  # of the backbone's values on disk, for rows that are read again
 
     def __post_init__(self) -> None:
@@ -57,6 +58,7 @@ class Training:
             )
         if self.kept_bytes < 0:
             raise UsageError(f"{self.kept_bytes} bytes of kept values; give 0 or more")
+        check_device(self.device)
         if isinstance(self.augment, str):
             find_augmentation(self.augment, ())
 
@@ -107,7 +109,7 @@ def distil(
     """
     name, augment = find_augmentation(training.augment, backbone.inputs)
     report(f"distilling {len(candidates)} heads on {len(learn)} rows, {training.epochs} epochs, augmentation {name}")
-    stream = Stream(backbone, candidates, data, training.batch, augment, seed)
+    stream = Stream(backbone, candidates, data, training.batch, augment, seed, training.device)
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offramp-")))
@@ -145,6 +147,7 @@ class _Trainer:
             Learner(
                 fresh_head(configs[c.name], row_shape(backbone, c.name), backbone.classes, mix(stream.seed, index)),
                 self.batches * training.epochs, rates.get(c.name, training.learning_rate), training.weight_decay,
+                training.device,
             )
             for index, c in enumerate(candidates)
         ]  # fmt: skip
@@ -222,6 +225,15 @@ def fresh_head(config: HeadConfig, shape: Shape, classes: int, seed: int) -> nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_head(config, shape, classes)
+
+
+def check_device(name: str) -> None:
+    """Raises `UsageError` for a device torch does not know, or does not find here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # what torch raises of a missing build or driver
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used here ({reason:.120}); train on {CPU!r}") from error
 
 
 def mean_losses(learners: Sequence[Learner], observed: Iterable[Observed]) -> list[float]:

@@ -60,7 +60,12 @@ class Kept:
             yield from map(_rounded, self.stream.augmented(pieces, epoch))
             return
         for piece in pieces:
-            yield self._tables["rows"].read(torch.from_numpy(np.searchsorted(rows, piece)))
+            yield self._read("rows", torch.from_numpy(np.searchsorted(rows, piece)))
+
+    def _read(self, name: str, rows: slice | torch.Tensor) -> Observed:
+        observed = self._tables[name].read(rows)
+        device = self.stream.device
+        return Observed(observed.target.to(device), tuple(value.to(device) for value in observed.values))
 
     def _is_full(self, name: str) -> bool:
         return name in self._tables and self._tables[name].full
@@ -72,7 +77,7 @@ class Kept:
         starts = np.cumsum([0, *sizes])
         if self._is_full(name):
             for start, end in itertools.pairwise(starts):
-                yield self._tables[name].read(slice(int(start), int(end)))
+                yield self._read(name, slice(int(start), int(end)))
             return
         self._drop(name)
         for start, observed in zip(starts[:-1], map(_rounded, compute()), strict=True):
@@ -125,7 +130,7 @@ class _Table:
         end = start + len(observed.target)
         for part, value in zip(self._parts, observed.values, strict=True):
             part[start:end] = (value.permute(0, 2, 3, 1) if value.dim() == 4 else value).flatten(1)
-        self._targets.append(observed.target)
+        self._targets.append(observed.target.cpu())
         self._filled = end
         if self.full:
             self._targets = [torch.cat(self._targets)]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .stream import LAYOUT, lay_out
+from .stream import CPU, LAYOUT, lay_out
 
 _WARM = 20  # the first 1/20 of the steps warms up
 
@@ -18,13 +18,16 @@ _WARM = 20  # the first 1/20 of the steps warms up
 class Learner:
     """Trains one head on a stream of `(target [B, K], value [B, ...])` for `steps` steps.
 
-    AdamW under a cosine schedule behind a warm-up. Of all weights it was told to `judge`, it keeps those with the
-    least loss.
+    AdamW under a cosine schedule behind a warm-up; float32, but on CUDA under autocast. Of all weights it was told to
+    `judge`, it keeps those with the least loss.
     """
 
-    def __init__(self, module: nn.Module, steps: int, learning_rate: float, weight_decay: float) -> None:
+    def __init__(
+        self, module: nn.Module, steps: int, learning_rate: float, weight_decay: float, device: str = CPU
+    ) -> None:
         lay_out(module, LAYOUT)
-        self.module = module
+        self.module = module.to(device)
+        self.kind = torch.device(device).type
         self.steps = max(1, steps)
         self.optimiser = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
@@ -41,7 +44,9 @@ class Learner:
     def learn(self, target: torch.Tensor, value: torch.Tensor) -> None:
         """One step on one batch."""
         self.optimiser.zero_grad(set_to_none=True)
-        divergence(target, self.module(value)).mean().backward()  # type: ignore[no-untyped-call]
+        with torch.autocast(self.kind, enabled=self.kind == "cuda"):
+            logits = self.module(value)
+        divergence(target, logits.float()).mean().backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         self.schedule.step()
 
@@ -54,7 +59,7 @@ class Learner:
         """The head with its best weights, frozen, in evaluation mode."""
         self.module.load_state_dict(self._best)
         lay_out(self.module, torch.contiguous_format)
-        return self.module.eval().requires_grad_(False)
+        return self.module.cpu().eval().requires_grad_(False)
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from offramp.passes import Backbone, ExitProgram, Limits, Trace
+from offramp.passes.plan import METRICS
 from offramp.runtime.artifact import Artifact, file_spec, open_artifact, write_artifact
 from offramp.runtime.data import Rows
 from offramp.runtime.engine import ModelBytes
@@ -48,7 +49,7 @@ from .signature import Signature
 from .splits import RowSplits
 from .thresholds import POLICIES, Costs, Records, Selection
 
-METRIC = "max_probability"
+METRIC = METRICS[0]
 CERTIFIED = "certified"
 ALL_POLICIES = (CERTIFIED, *POLICIES)
 _CHECKED_ROWS = 256

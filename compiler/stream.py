@@ -25,6 +25,7 @@ from offramp.runtime.data import Rows
 from .augment import Augment, identity
 from .capture import bind
 
+CPU = "cpu"
 LAYOUT: torch.memory_format = torch.channels_last  # convolutions on CPU run a quarter faster on it
 
 
@@ -40,13 +41,22 @@ class Stream:
     """Batches of rows with the backbone's answers and the values of some candidates."""
 
     def __init__(
-        self, backbone: Backbone, candidates: Sequence[Candidate], data: Rows, batch: int, augment: Augment, seed: int
+        self,
+        backbone: Backbone,
+        candidates: Sequence[Candidate],
+        data: Rows,
+        batch: int,
+        augment: Augment,
+        seed: int,
+        device: str = CPU,
     ) -> None:
+        """`device` is where the backbone runs and what is observed lies."""
         self.backbone, self.candidates, self.data = backbone, tuple(candidates), data
-        self.batch, self.augment, self.seed = batch, augment, seed
+        self.batch, self.augment, self.seed, self.device = batch, augment, seed, device
         # A copy: channels-last leaves the backbone's own parameters alone.
         self._taps = copy.deepcopy(tap(backbone, [c.name for c in candidates]))
         lay_out(self._taps, LAYOUT)
+        self._taps.to(device)
 
     @property
     def repeats(self) -> bool:
@@ -73,8 +83,9 @@ class Stream:
     def observe(self, batch: Mapping[str, torch.Tensor]) -> Observed:
         """One pass of the frozen backbone."""
         inputs = bind(self.backbone.inputs, batch, self.backbone.name)
+        laid_out = (x.to(memory_format=LAYOUT) if x.dim() == 4 else x for x in inputs)
         with torch.no_grad():
-            scores, *values = self._taps(*(x.to(memory_format=LAYOUT) if x.dim() == 4 else x for x in inputs))
+            scores, *values = self._taps(*(x.to(self.device) for x in laid_out))
             return Observed(probabilities(scores, self.backbone.scores, 1.0), tuple(values))
 
 

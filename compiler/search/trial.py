@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from offramp.passes import Backbone, Candidate, confidence, probabilities, row_shape
+from offramp.passes.plan import METRICS
 
 from ..heads import LEARNING_RATE, HeadConfig, configure, default_head, families_for, head_flops
 from ..learner import Learner
@@ -17,7 +18,7 @@ from ..stream import Observed
 from .engine import Proposal
 from .objective import worth
 
-METRIC = "max_probability"
+METRIC = METRICS[0]
 
 
 @dataclass(eq=False)
@@ -105,9 +106,9 @@ def score(trials: Sequence[Trial], observed: Iterable[Observed], tolerance: floa
         trial.learner.module.eval()
     with torch.no_grad():
         for batch in observed:
-            classes = batch.target.argmax(1)
+            classes = batch.target.argmax(1).cpu()
             for trial in trials:
-                logits = trial.learner.module(batch.values[trial.candidate])
+                logits = trial.learner.module(batch.values[trial.candidate]).cpu()
                 sure[id(trial)].append(confidence(probabilities(logits, "logits", 1.0), METRIC).numpy())
                 agrees[id(trial)].append((logits.argmax(1) == classes).numpy())
     for trial in trials:

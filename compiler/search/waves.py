@@ -100,7 +100,7 @@ def search_heads(
     and, while the search runs, kept values. Same arguments, same heads, interrupted or not.
     """
     _, augment = find_augmentation(training.augment, backbone.inputs)
-    stream = Stream(backbone, candidates, data, training.batch, augment, seed)
+    stream = Stream(backbone, candidates, data, training.batch, augment, seed, training.device)
     return _Searcher(stream, learn, select, tolerance, search, training, folder, report).run()
 
 
@@ -180,9 +180,12 @@ class _Searcher:
 
     def _trial(self, place: Place, proposal: Proposal | None, number: int) -> Trial:
         config = place.config(proposal)
-        rate = learning_rate(proposal, self.training.learning_rate)
+        training, steps = self.training, self.batches * self.search.epochs
+        rate = learning_rate(proposal, training.learning_rate)
         module = fresh_head(config, place.shape, place.classes, mix(mix(self.seed, place.index), number))
-        learner = Learner(module, self.batches * self.search.epochs, rate, self.training.weight_decay)
+        learner = Learner(
+            module, self.batches * self.search.epochs, rate, self.training.weight_decay, self.training.device
+        )
         after = place.candidate.flops_after / place.total if place.total else 0.0
         return Trial(place.index, config, rate, proposal, learner, after, place.price(config))
 

@@ -296,6 +296,8 @@ def test_a_folder_that_cannot_be_made_is_found_before_training(
         ({"learning_rate": float("nan")}, "learning rate nan"),
         ({"weight_decay": -1.0}, "weight decay -1.0"),
         ({"kept_bytes": -1}, "-1 bytes"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ({"augment": "rotate"}, "augmentation 'rotate' is unknown; use one of none, flip-shift"),
     ],
 )
