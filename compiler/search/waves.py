@@ -183,9 +183,7 @@ class _Searcher:
         training, steps = self.training, self.batches * self.search.epochs
         rate = learning_rate(proposal, training.learning_rate)
         module = fresh_head(config, place.shape, place.classes, mix(mix(self.seed, place.index), number))
-        learner = Learner(
-            module, self.batches * self.search.epochs, rate, self.training.weight_decay, self.training.device
-        )
+        learner = Learner(module, steps, rate, training.weight_decay, training.device)
         after = place.candidate.flops_after / place.total if place.total else 0.0
         return Trial(place.index, config, rate, proposal, learner, after, place.price(config))
 
