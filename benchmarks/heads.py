@@ -57,6 +57,7 @@ def answers(task: Task, options: Options, kind: str) -> tuple[Answers, dict[str,
     work, out = WORK / f"heads-{task.name}-{kind}.work", WORK / f"heads-{task.name}-{kind}"
     certify, test = np.array_split(task.judged, 2)  # for the artifact; the table's figures are of many such halvings
     splits = RowSplits(options.seed, task.learn, task.validate, task.score, certify, test)
+    fresh = not work.exists()
     started = time.perf_counter()
     ready = prepare(task.model, task.rows, options=options, splits=splits, name=task.name, say=log)
     heads = train(ready, options, work, log)
@@ -70,8 +71,8 @@ def answers(task: Task, options: Options, kind: str) -> tuple[Answers, dict[str,
     given = Answers(recording, temperatures, task.labels[asked], price)
     every = records(recording, temperatures)
     told = {
-        "train_s": trained - started,
-        "compile_s": done - started,
+        "train_s": trained - started if fresh else None,  # None: an interrupted run was taken up
+        "compile_s": done - started if fresh else None,
         "oracle_saved": 1 - oracle_cost(every, price) / float(price.reach[-1]),
         "timings": [asdict(timing) for timing in manifest.measured.timings],
         "heads": [
