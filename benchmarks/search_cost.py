@@ -74,8 +74,7 @@ def alone(ready: Ready, found: Found, training: Training) -> float:
         config = HeadConfig(record["family"], record["settings"])
         pieces = [stream.shuffled(ready.splits.distil, epoch) for epoch in range(SEARCH.epochs)]
         learner = Learner(
-            fresh_head(config, place.shape, place.classes, 0), len(pieces[0]) * SEARCH.epochs, record["rate"],
-            training.weight_decay,
+            fresh_head(config, place.shape, place.classes, 0), len(pieces[0]) * SEARCH.epochs, record["rate"], training
         )  # fmt: skip
         after = candidate.flops_after / place.total
         trial = Trial(0, config, record["rate"], None, learner, after, place.price(config))

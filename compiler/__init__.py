@@ -17,7 +17,7 @@ from .augment import AUGMENTATIONS, Augment
 from .capture import capture
 from .certify import Certified, certified, rows_needed
 from .compile import Ready, as_rows, choose_candidates, compile, costs, exit_plan, finish, prepare, records, train
-from .distill import Head, Training, default_heads, distil
+from .distill import Head, default_heads, distil
 from .emit import ALL_TARGETS, TARGETS, emit
 from .equivalence import Equivalence, compare
 from .evaluate import Outcome, evaluate, run_program
@@ -30,6 +30,7 @@ from .search import ENGINES, Found, Search, search_heads
 from .signature import Signature
 from .splits import RowSplits, check_splits, split_rows
 from .thresholds import POLICIES, Costs, Records, Selection, equal, geometric, joint, select
+from .training import Training
 
 __all__ = [
     "ALL_POLICIES",

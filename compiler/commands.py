@@ -28,7 +28,6 @@ from .augment import AUGMENTATIONS, Augment
 from .capture import bind, capture
 from .compile import compile
 from .demo import train_digits
-from .distill import Training
 from .emit import ALL_TARGETS, TARGETS
 from .heads import FAMILIES, search_space
 from .independence import keep_independent
@@ -37,6 +36,7 @@ from .package import ALL_POLICIES, Options
 from .search import ENGINES, NONE, Search, read_spaces
 from .signature import Signature, parse_dynamic
 from .stream import tensors
+from .training import Training
 
 _MODEL_HELP = "package.module:callable, or a .pt2 saved by torch.export.save"
 _DATA_HELP = "a .npy, an .npz, a folder of images (with --preprocess) or package.module:callable yielding batches"

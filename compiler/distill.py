@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,44 +22,17 @@ from torch import nn
 
 from offramp.passes import Backbone, Candidate, row_shape
 from offramp.runtime.data import Rows
-from offramp.runtime.errors import UsageError
 
-from .augment import Augment, find_augmentation, name_of
+from .augment import find_augmentation, name_of
 from .checkpoint import load_state, make_folder, save_state
 from .heads import HeadConfig, Shape, build_head, default_head
 from .kept import Kept
 from .learner import Learner, divergence
 from .progress import bar
-from .stream import CPU, Observed, Stream, mix
+from .stream import Observed, Stream, mix
+from .training import Training
 
 CHECKPOINT = "heads.pt"
-
-
-@dataclass(frozen=True)
-class Training:
-    """How heads are trained."""
-
-    epochs: int = 30
-    batch: int = 128
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-2
-    augment: str | Augment | None = None  # a name from AUGMENTATIONS or a function; None: by the kind of input
-    device: str = CPU  # to train on, whatever is served on
-    kept_bytes: int = 2 << 30  # of the backbone's values on disk, for rows that are read again
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2:
-            raise UsageError(f"{self.epochs} epochs of batches of {self.batch}: give 1 epoch and batches of 2 or more")
-        if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf):
-            raise UsageError(
-                f"learning rate {self.learning_rate}, weight decay {self.weight_decay}: "
-                "give a positive rate and a decay of 0 or more"
-            )
-        if self.kept_bytes < 0:
-            raise UsageError(f"{self.kept_bytes} bytes of kept values; give 0 or more")
-        check_device(self.device)
-        if isinstance(self.augment, str):
-            find_augmentation(self.augment, ())
 
 
 @dataclass(frozen=True)
@@ -146,8 +118,7 @@ class _Trainer:
         self.learners = [
             Learner(
                 fresh_head(configs[c.name], row_shape(backbone, c.name), backbone.classes, mix(stream.seed, index)),
-                self.batches * training.epochs, rates.get(c.name, training.learning_rate), training.weight_decay,
-                training.device,
+                self.batches * training.epochs, rates.get(c.name, training.learning_rate), training,
             )
             for index, c in enumerate(candidates)
         ]  # fmt: skip
@@ -225,15 +196,6 @@ def fresh_head(config: HeadConfig, shape: Shape, classes: int, seed: int) -> nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_head(config, shape, classes)
-
-
-def check_device(name: str) -> None:
-    """Raises `UsageError` for a device torch does not know, or does not find here."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # what torch raises of a missing build or driver
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used here ({reason:.120}); train on {CPU!r}") from error
 
 
 def mean_losses(learners: Sequence[Learner], observed: Iterable[Observed]) -> list[float]:

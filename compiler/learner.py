@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .stream import CPU, LAYOUT, lay_out
+from .stream import LAYOUT, lay_out
+from .training import Training
 
 _WARM = 20  # the first 1/20 of the steps warms up
 
@@ -22,14 +23,12 @@ class Learner:
     `judge`, it keeps those with the least loss.
     """
 
-    def __init__(
-        self, module: nn.Module, steps: int, learning_rate: float, weight_decay: float, device: str = CPU
-    ) -> None:
+    def __init__(self, module: nn.Module, steps: int, learning_rate: float, training: Training) -> None:
         lay_out(module, LAYOUT)
-        self.module = module.to(device)
-        self.kind = torch.device(device).type
+        self.module = module.to(training.device)
+        self.kind, self.soften = torch.device(training.device).type, training.soften
         self.steps = max(1, steps)
-        self.optimiser = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        self.optimiser = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=training.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
         self.loss = math.inf  # KL in nats, the least so far
         self._best = self._weights()
@@ -46,7 +45,10 @@ class Learner:
         self.optimiser.zero_grad(set_to_none=True)
         with torch.autocast(self.kind, enabled=self.kind == "cuda"):
             logits = self.module(value)
-        divergence(target, logits.float()).mean().backward()  # type: ignore[no-untyped-call]
+        logits, scale = logits.float(), self.soften**2  # the square keeps gradients as large as they were
+        if self.soften != 1:
+            target, logits = softened(target, self.soften), logits / self.soften
+        (scale * divergence(target, logits).mean()).backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         self.schedule.step()
 
@@ -85,3 +87,9 @@ class Learner:
 def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Probabilities `[B, K]` of the backbone, logits `[B, K]` of a head -> KL(backbone || head) `[B]`, nats."""
     return F.kl_div(F.log_softmax(logits, 1), target, reduction="none").sum(1)
+
+
+def softened(target: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Probabilities `[B, K]` as they would be had their logits been divided by `temperature`."""
+    soft = target ** (1 / temperature)
+    return soft / soft.sum(1, keepdim=True)

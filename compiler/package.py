@@ -37,7 +37,7 @@ from offramp.runtime.session import load
 from offramp.runtime.trace import PASSES_FILE, dump_passes
 
 from . import measure
-from .distill import Head, Training
+from .distill import Head
 from .emit import SCRIPT, TARGETS, check_targets, emit
 from .emit.metadata import known_before
 from .emit.torchscript import ScriptSession
@@ -48,6 +48,7 @@ from .search import Search
 from .signature import Signature
 from .splits import RowSplits
 from .thresholds import POLICIES, Costs, Records, Selection
+from .training import Training
 
 METRIC = METRICS[0]
 CERTIFIED = "certified"

@@ -29,12 +29,13 @@ from offramp.runtime.errors import UsageError
 
 from ..augment import find_augmentation
 from ..checkpoint import load_state, make_folder, save_state
-from ..distill import Training, fresh_head, job_fingerprint
+from ..distill import fresh_head, job_fingerprint
 from ..heads import FAMILIES, HeadConfig, Space, search_space
 from ..kept import Kept
 from ..learner import Learner
 from ..progress import bar
 from ..stream import Stream, mix
+from ..training import Training
 from .engine import ENGINES, Engine, Proposal, check_space, make_engine
 from .trial import Place, Trial, better_half, learning_rate, places, score
 
@@ -183,7 +184,7 @@ class _Searcher:
         training, steps = self.training, self.batches * self.search.epochs
         rate = learning_rate(proposal, training.learning_rate)
         module = fresh_head(config, place.shape, place.classes, mix(mix(self.seed, place.index), number))
-        learner = Learner(module, steps, rate, training.weight_decay, training.device)
+        learner = Learner(module, steps, rate, training)
         after = place.candidate.flops_after / place.total if place.total else 0.0
         return Trial(place.index, config, rate, proposal, learner, after, place.price(config))
 

@@ -32,6 +32,7 @@ from offramp.compiler import (
 )
 from offramp.compiler.augment import default_augmentation
 from offramp.compiler.heads import BUDGET, head_flops
+from offramp.compiler.learner import softened
 from offramp.compiler.stream import Observed, Stream
 from offramp.passes import Backbone, Candidate, Input, find_candidates
 from offramp.runtime.data import ArrayRows
@@ -194,6 +195,19 @@ def test_heads_learn_and_the_backbone_does_not(
     assert not any(head.module.training for head in long)
 
 
+def test_softened_targets_are_those_of_cooler_logits() -> None:
+    logits = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)) * 4
+    torch.testing.assert_close(softened(logits.softmax(1), 3.0), (logits / 3).softmax(1))
+
+
+def test_heads_learn_from_softened_targets_too(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows
+) -> None:
+    short = trained(backbone, candidates, data, replace(TRAINING, epochs=1, soften=2.0))
+    long = trained(backbone, candidates, data, replace(TRAINING, epochs=20, soften=2.0))
+    assert all(after.loss < 0.5 * first.loss for first, after in zip(short, long, strict=True))
+
+
 def test_same_seed_same_weights(
     backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, training: Training, whole: tuple[Head, ...]
 ) -> None:
@@ -296,6 +310,7 @@ def test_a_folder_that_cannot_be_made_is_found_before_training(
         ({"learning_rate": float("nan")}, "learning rate nan"),
         ({"weight_decay": -1.0}, "weight decay -1.0"),
         ({"kept_bytes": -1}, "-1 bytes"),
+        ({"soften": 0.5}, "softened by 0.5"),
         ({"device": "gpu"}, "device 'gpu' cannot be used here"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ({"augment": "rotate"}, "augmentation 'rotate' is unknown; use one of none, flip-shift"),

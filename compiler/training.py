@@ -1,0 +1,52 @@
+"""How heads are trained: what a person may choose."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from offramp.runtime.errors import UsageError
+
+from .augment import Augment, find_augmentation
+from .stream import CPU
+
+
+@dataclass(frozen=True)
+class Training:
+    """How heads are trained."""
+
+    epochs: int = 30
+    batch: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+    soften: float = 1.0  # temperature of targets and answers in the loss (Hinton et al. 2015)
+    augment: str | Augment | None = None  # a name from AUGMENTATIONS or a function; None: by the kind of input
+    device: str = CPU  # to train on, whatever is served on
+    kept_bytes: int = 2 << 30  # of the backbone's values on disk, for rows that are read again
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch < 2:
+            raise UsageError(f"{self.epochs} epochs of batches of {self.batch}: give 1 epoch and batches of 2 or more")
+        if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf):
+            raise UsageError(
+                f"learning rate {self.learning_rate}, weight decay {self.weight_decay}: "
+                "give a positive rate and a decay of 0 or more"
+            )
+        if not 1 <= self.soften < math.inf:
+            raise UsageError(f"targets softened by {self.soften}; give a temperature of 1, for none, or more")
+        if self.kept_bytes < 0:
+            raise UsageError(f"{self.kept_bytes} bytes of kept values; give 0 or more")
+        check_device(self.device)
+        if isinstance(self.augment, str):
+            find_augmentation(self.augment, ())
+
+
+def check_device(name: str) -> None:
+    """Raises `UsageError` for a device torch does not know, or does not find here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # what torch raises of a missing build or driver
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used here ({reason:.120}); train on {CPU!r}") from error
