@@ -85,6 +85,7 @@ class Variant:
     """One row of the table."""
 
     name: str
+    work: str  # where its heads are kept; those of benchmarks.heads are taken up if they are there
     heads: Callable[[Ready, Options, Path], tuple[Head, ...]]
     all_stay: bool = False
 
@@ -134,10 +135,10 @@ def plain(ready: Ready, options: Options, folder: Path) -> tuple[Head, ...]:
 
 
 VARIANTS = (
-    Variant("searched heads, chosen exits", searched),
-    Variant("default heads, chosen exits", plain),
-    Variant("default heads, all candidates", plain, all_stay=True),
-    *(Variant(f"{n} more dense layer{'s' if n > 1 else ''}, chosen exits", deeper(n)) for n in (1, 2, 3)),
+    Variant("searched heads, chosen exits", "heads-resnet20-searched", searched),
+    Variant("default heads, chosen exits", "heads-resnet20-default", plain),
+    Variant("default heads, all candidates", "heads-resnet20-default", plain, all_stay=True),
+    *(Variant(f"{n} more dense layers, chosen exits", f"ablation-{n}-more", deeper(n)) for n in (1, 2, 3)),
 )
 
 
@@ -147,14 +148,9 @@ def examined(variant: Variant, options: Options, seed: int) -> dict[str, Any]:
     certify, test = np.array_split(task.judged, 2)
     splits = RowSplits(seed, task.learn, task.validate, task.score, certify, test)
     ready = prepare(task.model, task.rows, options=options, splits=splits, name=task.name)
-    name = (
-        variant.name.replace(", ", "-").replace(" ", "-").removesuffix("-all-candidates").removesuffix("-chosen-exits")
-    )
-    heads = variant.heads(ready, options, WORK / f"ablation-{name}.work")
-    choose = every_candidate if variant.all_stay else None
-    manifest = finish(
-        ready, heads, WORK / f"ablation-{name}-{'all' if variant.all_stay else 'chosen'}", options, log, choose
-    )
+    heads = variant.heads(ready, options, WORK / f"{variant.work}.work")
+    out = WORK / f"ablation-{variant.name.replace(', ', '-').replace(' ', '-')}"
+    manifest = finish(ready, heads, out, options, log, every_candidate if variant.all_stay else None)
     seen = manifest.evaluation
     return {
         "variant": variant.name,
