@@ -1,6 +1,6 @@
 """Searched heads against the default ones, on trained weights and rows that nothing has been picked on.
 
-    python -m benchmarks.heads [--tasks resnet20 resnet56 sst2] [--engine tpe] [--trials 8] [--epochs 50]
+    python -m benchmarks.heads [--tasks resnet20 resnet56 resnet50 sst2] [--engine tpe] [--trials 6] [--epochs 30]
 
 For every task both kinds of heads are trained on the same rows with the same seeds; then exits are chosen and judged
 on ten random splits of rows no head has learned from, at every tolerance. The oracle lets every row leave at the first
@@ -92,8 +92,12 @@ def compared(task: Task, training: Training, search: Search, seed: int, threads:
     """Both kinds of heads at every tolerance under every policy."""
     result: dict[str, Any] = {"task": task.name, "rows": {}, "kinds": {}, "splits": []}
     result["rows"] = {part: len(getattr(task, part)) for part in ("learn", "validate", "score", "judged")}
+    training, search = replace(training, **task.training), replace(search, **task.search)
+    result |= {"epochs": training.epochs, "engine": search.engine, "trials": search.trials}
     for kind, chosen in (("default", Search()), ("searched", search)):
-        options = Options(training=training, search=chosen, seed=seed, threads=threads)
+        options = Options(
+            training=training, search=chosen, seed=seed, threads=threads, max_candidates=task.max_candidates
+        )
         given, result["kinds"][kind] = answers(task, options, kind)
         for policy in POLICIES:
             for tolerance in TOLERANCES:
@@ -152,8 +156,7 @@ def main() -> None:
     for name in args.tasks:
         results[name] = {
             **compared(TASKS[name](args.seed), Training(epochs=args.epochs), search, args.seed, args.threads),
-            "machine": machine(), "versions": versions(), "seed": args.seed, "epochs": args.epochs,
-            "engine": args.engine, "trials": args.trials, "threads": args.threads,
+            "machine": machine(), "versions": versions(), "seed": args.seed, "threads": args.threads,
         }  # fmt: skip
         ordered = [results[name] for name in TASKS if name in results]
         RESULTS.write_text(json.dumps({"command": "python -m benchmarks.heads", "results": ordered}, indent=1) + "\n")

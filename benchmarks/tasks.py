@@ -1,6 +1,8 @@
 """Trained classifiers and real rows to compile them with, and which rows may touch what.
 
     resnet20, resnet56   CIFAR-10; heads learn from and are stopped on the half that defaults were picked on
+    resnet50             ImageNet weights on ten classes; heads learn from images most of which the backbone was
+                         trained on
     sst2                 a six-layer BERT on SST-2's sentences; heads learn from the training set, which the backbone
                          was fine-tuned on
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,9 @@ import torch
 from torch import nn
 
 from benchmarks.cifar import data_dir, load_images, resnet20, resnet56, untouched_rows
-from offramp.compiler import load_weights
+from benchmarks.imagenet import ResNet50
+from benchmarks.imagenet import load_images as load_traffic
+from offramp.compiler import Options, load_weights
 from offramp.runtime.data import ArrayRows
 
 TOKENS = 64  # sentences are cut and padded to as many
@@ -38,6 +42,9 @@ class Task:
     validate: np.ndarray  # when their training stops, and their temperatures
     score: np.ndarray  # a search is scored on them; afterwards they choose exits, and judge nothing
     judged: np.ndarray  # dealt into select, certify and test, again and again
+    training: Mapping[str, Any] = field(default_factory=dict)  # what it needs other than the defaults
+    search: Mapping[str, Any] = field(default_factory=dict)
+    max_candidates: int = Options.max_candidates
 
 
 def cifar(name: str, build: Callable[[], nn.Module], seed: int) -> Task:
@@ -99,8 +106,26 @@ def sst2(seed: int) -> Task:
     )  # fmt: skip
 
 
+def imagenet(seed: int) -> Task:
+    """ResNet-50 on ten classes. Few rows, places and epochs, for an epoch costs minutes; rows as they are, so that the
+    backbone's values can be kept."""
+    traffic, known = load_traffic("traffic_4000", 2000, seed)
+    fresh, unknown = load_traffic("trueval_500", 500, seed)
+    model = ResNet50()
+    load_weights(model, data_dir() / "imagenet" / "resnet50_v1.safetensors")
+    labels = np.concatenate([known, unknown])
+    rows = ArrayRows({"x": np.concatenate([traffic, fresh])}, labels)
+    order = np.arange(len(labels))
+    return Task(
+        "resnet50", model, rows, labels, order[:1500], order[1500:1700], order[1700:2000], order[2000:],
+        training={"augment": "none", "epochs": 8, "batch": 64, "kept_bytes": 16 << 30},
+        search={"trials": 4, "waves": 1, "epochs": 2}, max_candidates=5,
+    )  # fmt: skip
+
+
 TASKS: dict[str, Callable[[int], Task]] = {
     "resnet20": lambda seed: cifar("resnet20", resnet20, seed),
     "resnet56": lambda seed: cifar("resnet56", resnet56, seed),
+    "resnet50": imagenet,
     "sst2": sst2,
 }
