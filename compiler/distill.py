@@ -132,6 +132,7 @@ class _Trainer:
             for observed in bar(self._observed(epoch), what, self.batches):
                 for learner, value in zip(self.learners, observed.values, strict=True):
                     learner.learn(observed.target, value)
+                observed.values.clear()
 
     def _observed(self, epoch: int) -> Iterator[Observed]:
         if self.stream.repeats:
@@ -208,4 +209,5 @@ def mean_losses(learners: Sequence[Learner], observed: Iterable[Observed]) -> li
             rows += len(batch.target)
             for index, (learner, value) in enumerate(zip(learners, batch.values, strict=True)):
                 total[index] += float(divergence(batch.target, learner.module(value)).sum())
+            batch.values.clear()
     return list((total / rows).tolist())

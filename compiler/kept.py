@@ -53,7 +53,8 @@ class Kept:
         """Pieces of rows whose values are all kept. They are computed in the rows' own order, so that an epoch is the
         same whichever came first."""
         if not self._is_full("rows"):
-            for _ in self.plain("rows", rows):
+            for observed in self.plain("rows", rows):
+                observed.values.clear()
                 if "rows" not in self._tables:  # no room
                     break
         if not self._is_full("rows"):
@@ -65,7 +66,7 @@ class Kept:
     def _read(self, name: str, rows: slice | torch.Tensor) -> Observed:
         observed = self._tables[name].read(rows)
         device = self.stream.device
-        return Observed(observed.target.to(device), tuple(value.to(device) for value in observed.values))
+        return Observed(observed.target.to(device), [value.to(device) for value in observed.values])
 
     def _is_full(self, name: str) -> bool:
         return name in self._tables and self._tables[name].full
@@ -138,7 +139,7 @@ class _Table:
 
     def read(self, rows: slice | torch.Tensor) -> Observed:
         parts = zip(self._parts, self._shapes, strict=True)
-        return Observed(self._targets[0][rows], tuple(_shaped(part[rows], shape) for part, shape in parts))
+        return Observed(self._targets[0][rows], [_shaped(part[rows], shape) for part, shape in parts])
 
     def remove(self) -> None:
         for file in self._files:
@@ -154,7 +155,10 @@ def _mapped(file: Path, size: int) -> torch.Tensor:
 
 
 def _rounded(observed: Observed) -> Observed:
-    return Observed(observed.target, tuple(value.to(KEPT).float() for value in observed.values))
+    values = []
+    while observed.values:  # one after the other, so that not all are there twice
+        values.append(observed.values.pop(0).to(KEPT).float())
+    return Observed(observed.target, values)
 
 
 def _shaped(part: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """How much memory training takes, and candidates in groups that keep to a bound.
 
-What grows with the number of candidates are the values of one batch, which all are there at once, and every head
-with its gradient, two moments and its best weights so far. What one head makes of its value lives only while that
-head takes its step. A group too many costs another pass through the backbone, not memory.
+Every batch goes through the backbone, however few the candidates. What grows with their number are the values of one
+batch, which all are there at once, and every head with its gradient, two moments and its best weights so far. What one
+head makes of its value lives only while that head takes its step. A group too many costs another pass through the
+backbone, not memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from offramp.passes import Backbone, Candidate, row_shape
+from offramp.passes.cuts import row_bytes
 from offramp.runtime.errors import UsageError
 
 from .heads import build_head, default_head
@@ -20,6 +22,7 @@ from .heads import build_head, default_head
 _FLOAT = 4
 _COPIES = 5  # weights, gradient, two moments, best weights
 _STEP = 6  # times a value's size that a head's own step may take, forward and backward
+_ON_TOP = 1.5  # times as much is really taken: the allocator's gaps and scratch space (tests/compiler/test_memory.py)
 
 
 def groups(
@@ -33,15 +36,17 @@ def groups(
     if budget is None:
         return [tuple(candidates)]
     found: list[list[Candidate]] = []
+    passing = _passing(backbone, batch)
     held = step = 0
     for candidate in candidates:
         value, state = _needed(backbone, candidate, batch, heads)
-        if value * _STEP + value + state > budget:
+        alone = passing + value * _STEP + value + state
+        if alone > budget:
             raise UsageError(
-                f"training at {candidate.place} takes about {_mib(value * _STEP + value + state)}, the memory budget "
-                f"is {_mib(budget)}; give it more, or make batches of fewer than {batch} rows"
+                f"training at {candidate.place} takes about {_mib(alone)}, the memory budget is {_mib(budget)}; "
+                f"give it more, or make batches of fewer than {batch} rows"
             )
-        if not found or held + value + state + max(step, value * _STEP) > budget:
+        if not found or passing + held + value + state + max(step, value * _STEP) > budget:
             found.append([])
             held = step = 0
         found[-1].append(candidate)
@@ -55,7 +60,15 @@ def _needed(backbone: Backbone, candidate: Candidate, batch: int, heads: int) ->
     config = default_head(shape, backbone.classes, candidate.flops_before + candidate.flops_after)
     with torch.device("meta"):  # nothing is allocated, and nobody's random numbers move
         size = sum(p.numel() for p in build_head(config, shape, backbone.classes).parameters())
-    return batch * int(np.prod(shape)) * _FLOAT, heads * size * _FLOAT * _COPIES
+    value, state = batch * int(np.prod(shape)) * _FLOAT, heads * size * _FLOAT * _COPIES
+    return round(value * _ON_TOP), round(state * _ON_TOP)
+
+
+def _passing(backbone: Backbone, batch: int) -> int:
+    """Bytes that a batch takes on its way through the backbone: the largest value, and what it is made of and into."""
+    values = (node.meta.get("val") for node in backbone.graph.nodes)
+    rows = [row_bytes(v) for v in values if isinstance(v, torch.Tensor) and v.dim() and not isinstance(v.shape[0], int)]
+    return round(3 * max(rows, default=0) * batch * _ON_TOP)
 
 
 def _mib(size: int) -> str:

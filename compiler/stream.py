@@ -31,10 +31,14 @@ LAYOUT: torch.memory_format = torch.channels_last  # convolutions on CPU run a q
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """One batch as the frozen backbone sees it."""
+    """One batch as the frozen backbone sees it.
+
+    Who is done with it says so by `values.clear()`: iterators hold a batch until the next one is made, and two at a
+    time would be twice the memory.
+    """
 
     target: torch.Tensor  # [B, K] the backbone's probabilities
-    values: tuple[torch.Tensor, ...]  # [B, ...] float32, one per candidate
+    values: list[torch.Tensor]  # [B, ...] float32, one per candidate
 
 
 class Stream:
@@ -86,7 +90,7 @@ class Stream:
         laid_out = (x.to(memory_format=LAYOUT) if x.dim() == 4 else x for x in inputs)
         with torch.no_grad():
             scores, *values = self._taps(*(x.to(self.device) for x in laid_out))
-            return Observed(probabilities(scores, self.backbone.scores, 1.0), tuple(values))
+            return Observed(probabilities(scores, self.backbone.scores, 1.0), list(values))
 
 
 def tensors(data: Rows, rows: np.ndarray) -> dict[str, torch.Tensor]:

@@ -111,6 +111,7 @@ def score(trials: Sequence[Trial], observed: Iterable[Observed], tolerance: floa
                 logits = trial.learner.module(batch.values[trial.candidate]).cpu()
                 sure[id(trial)].append(confidence(probabilities(logits, "logits", 1.0), METRIC).numpy())
                 agrees[id(trial)].append((logits.argmax(1) == classes).numpy())
+            batch.values.clear()
     for trial in trials:
         trial.scores[epochs] = worth(
             np.concatenate(sure[id(trial)]), np.concatenate(agrees[id(trial)]), trial.after, trial.price, tolerance

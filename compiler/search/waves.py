@@ -210,6 +210,7 @@ class _Searcher:
             for observed in bar(kept.epoch(self.learn, epoch), f"search {where}, {len(alive)} heads", self.batches):
                 for trial in alive:
                     trial.learner.learn(observed.target, observed.values[trial.candidate])
+                observed.values.clear()
 
     def _finish(self, trials: Sequence[Trial]) -> None:
         """Tell the engines by how much each trial beat its candidate's default head after as many epochs."""

@@ -1,0 +1,62 @@
+"""Training keeps to its memory budget, as the operating system counts it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLACES, BATCH, MIB = 11, 256, 1 << 20
+VALUE = BATCH * 16 * 32 * 32 * 4  # bytes of one candidate's value
+
+# Prints by how many bytes the process's peak grew while heads learned.
+TRAIN = f"""
+import resource, sys
+from pathlib import Path
+import numpy as np, torch
+from torch import nn
+from offramp.compiler import Options, RowSplits, Training, prepare, train
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 16, 3, 1, 1), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU()) for _ in range({PLACES + 2}))
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x.mean((2, 3)))
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+rows = np.random.default_rng(0).standard_normal((600, 3, 32, 32)).astype(np.float32)
+parts = np.split(np.arange(600), [512, 530, 550, 570])
+budget = int(sys.argv[1]) or None
+training = Training(epochs=1, batch={BATCH}, augment="none", kept_bytes=0)
+options = Options(policy="joint", training=training, memory_budget=budget, max_candidates={PLACES})
+ready = prepare(Net().eval(), rows, options=options, splits=RowSplits(0, *parts))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+heads = train(ready, options, Path(sys.argv[2]))
+print(len(heads), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def grown(budget: int, folder: Path) -> tuple[int, int]:
+    """(heads trained, bytes the process grew by); 0: no budget."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, str(budget), str(folder)], capture_output=True, text=True, check=True
+    )
+    heads, size = done.stdout.split()[-2:]
+    return int(heads), int(size)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_training_keeps_to_its_memory_budget(tmp_path: Path) -> None:
+    unbound, free = grown(0, tmp_path / "free")
+    assert free > PLACES * VALUE, "else there is nothing to keep to"
+    bound, kept = grown(250 * MIB, tmp_path / "bound")
+    assert bound == unbound == PLACES
+    assert kept < 1.1 * 250 * MIB < free
