@@ -94,6 +94,24 @@ def find_augmentation(given: str | Augment | None, inputs: tuple[Input, ...]) ->
     return given, AUGMENTATIONS[given]
 
 
+def apply(augment: Augment, batch: Batch, generator: torch.Generator) -> Batch:
+    """The batch augmented. Raises `UsageError` where the function fails or gives other names, shapes or dtypes."""
+    remedy = "it takes tensors by input name and a torch.Generator, and gives as many like them"
+    try:
+        made = augment(batch, generator)
+    except Exception as error:  # a person's own function: anything may come out of it
+        raise UsageError(
+            f"augmentation {name_of(augment)} failed on a batch ({type(error).__name__}: {error}); {remedy}"
+        ) from error
+    for name, x in batch.items():
+        other = made.get(name) if isinstance(made, Mapping) else None
+        if not isinstance(other, torch.Tensor) or other.shape != x.shape or other.dtype != x.dtype:
+            raise UsageError(
+                f"augmentation {name_of(augment)} does not give {name} {x.dtype} {list(x.shape)}; {remedy}"
+            )
+    return made
+
+
 def name_of(augment: Augment) -> str:
     """`package.module:function`, or the type of an object that is no function."""
     named = augment if hasattr(augment, "__qualname__") else type(augment)

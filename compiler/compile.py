@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -36,6 +37,7 @@ from offramp.runtime.engine import ModelBytes
 from offramp.runtime.errors import InputError, NoCandidateError, UsageError
 from offramp.runtime.manifest import Certificate, Manifest
 
+from .augment import apply, find_augmentation
 from .capture import bind, capture
 from .certify import certified, check_rows
 from .distill import Head, default_heads, distil
@@ -117,8 +119,6 @@ def prepare(
     options, rows = options or Options(), as_rows(data, labels)
     splits = split_rows(len(rows), options.seed) if splits is None else splits
     check_splits(splits, len(rows))
-    if options.policy == CERTIFIED:
-        check_rows(len(splits.certify), options.tolerance, options.delta)
     say("capturing the model's graph")
     example = tensors(rows, np.arange(min(_EXAMPLE_ROWS, len(rows))))
     trace, said = Trace(), options.signature
@@ -132,6 +132,10 @@ def prepare(
     plain = plain_model(backbone, options.targets)  # an operator no target can express is better found before training
     candidates = choose_candidates(backbone, found, options.max_candidates)
     say(f"{backbone.name}: {len(found.kept)} candidates, {len(found.refused)} places refused; {len(candidates)} taken")
+    if options.policy == CERTIFIED:
+        check_rows(len(splits.certify), options.tolerance, options.delta)
+    _, augment = find_augmentation(options.training.augment, backbone.inputs)
+    apply(augment, tensors(rows, np.arange(min(_EXAMPLE_ROWS, len(rows)))), torch.Generator())
     return Ready(backbone, candidates, rows, splits, plain, trace)
 
 

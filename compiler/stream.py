@@ -22,7 +22,7 @@ from offramp.passes import Backbone, Candidate, probabilities
 from offramp.passes.taps import tap
 from offramp.runtime.data import Rows
 
-from .augment import Augment, identity
+from .augment import Augment, apply, identity
 from .capture import bind
 
 CPU = "cpu"
@@ -77,7 +77,7 @@ class Stream:
         """The batches of an epoch, augmented."""
         generator = torch.Generator().manual_seed(mix(self.seed, epoch + 1_000_003))
         for piece in pieces:
-            yield self.observe(self.augment(tensors(self.data, piece), generator))
+            yield self.observe(apply(self.augment, tensors(self.data, piece), generator))
 
     def plain(self, rows: np.ndarray) -> Iterator[Observed]:
         """Rows in order, as they are."""

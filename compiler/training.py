@@ -41,6 +41,8 @@ class Training:
         check_device(self.device)
         if isinstance(self.augment, str):
             find_augmentation(self.augment, ())
+        elif self.augment is not None and not callable(self.augment):
+            raise UsageError(f"augmentation {self.augment!r:.80} is neither a name nor a function; give one of them")
 
 
 def check_device(name: str) -> None:

@@ -256,6 +256,10 @@ def test_candidates_without_a_shape(refused: Callable[..., str]) -> None:
         (("--tolerance", "1.5"), "tolerance 1.5 is not a share of rows"),
         (("--tolerance", "nan"), "tolerance nan is not a share of rows"),
         (("--seed", "-1"), "seed -1 is negative"),
+        (("--augment", "rotate"), "augmentation 'rotate' is unknown; use one of none, flip-shift"),
+        (("--augment", "zoo:nothing"), "has no 'nothing'; check the name"),
+        (("--augment", "zoo:number"), "augmentation 3 is neither a name nor a function"),
+        (("--device", "abacus"), "device 'abacus' cannot be used here"),
     ],
 )
 def test_options_out_of_range(refused: Callable[..., str], flags: tuple[str, str], says: str) -> None:
@@ -271,9 +275,7 @@ def test_too_few_rows_for_the_guarantee_are_refused_before_training(here: Path, 
     )
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"), [("--target", "tflite"), ("--policy", "greedy"), ("--augment", "rotate"), ("--search", "oracle")]
-)
+@pytest.mark.parametrize(("flag", "value"), [("--target", "tflite"), ("--policy", "greedy"), ("--search", "oracle")])
 def test_unknown_choices_name_the_known_ones(
     here: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
 ) -> None:
@@ -345,6 +347,23 @@ def test_a_disk_that_fills_up(here: Path) -> None:
     assert "could not be" in last
     assert "free space" in last
     assert not [p for p in here.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("lambda: None", "augmentation rows:change failed on a batch (TypeError: "),
+        ("lambda batch, generator: {}", "augmentation rows:change does not give x torch.float32 [8, 6]"),
+        ("lambda batch, generator: [*batch]", "does not give x torch.float32 [8, 6]"),
+        ("lambda batch, generator: {name: x[:, :3] for name, x in batch.items()}", "does not give x torch.float32"),
+        ("lambda batch, generator: {name: x.double() for name, x in batch.items()}", "does not give x torch.float32"),
+    ],
+)
+def test_augmentations_that_do_not_do(here: Path, refused: Callable[..., str], function: str, says: str) -> None:
+    (here.parent / "sources" / "rows.py").write_text(f"change = {function}\nchange.__qualname__ = 'change'\n")
+    sys.modules.pop("rows", None)
+    common = ("compile", "zoo:good", "--data", "zoo:good_rows", "-o", "out", "--tolerance", "0.3")
+    assert says in refused(*common, "--augment", "rows:change")
 
 
 def test_an_interrupted_compile_goes_on_where_it_was(
