@@ -37,8 +37,8 @@ from offramp.compiler import (
     record,
     train,
 )
+from offramp.compiler.dial import CERTIFIED
 from offramp.compiler.measure import machine, versions
-from offramp.compiler.package import CERTIFIED
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.table import percent, render
 
@@ -83,12 +83,12 @@ def recorded(model: str, training: Training, seed: int) -> Answers:
 
 def summary(model: str, manifest: Manifest) -> dict[str, Any]:
     """What the JSON keeps of one artifact."""
-    seen = manifest.evaluation
+    seen, plan = manifest.evaluation, manifest.plans[manifest.default_plan]
     return {
         "model": model,
-        "policy": manifest.plans[0].policy,
-        "tolerance": manifest.plans[0].tolerance,
-        "certificate": None if manifest.plans[0].certificate is None else asdict(manifest.plans[0].certificate),
+        "policy": plan.policy,
+        "tolerance": plan.tolerance,
+        "certificate": None if plan.certificate is None else asdict(plan.certificate),
         "exits": [
             {
                 "place": e.place,

@@ -40,12 +40,13 @@ from offramp.runtime.manifest import Certificate, Manifest
 from .augment import apply, find_augmentation
 from .capture import bind, capture
 from .certify import certified, check_rows
+from .dial import CERTIFIED, dial, evidence
 from .distill import Head, default_heads, distil
 from .emit import plain_model
 from .heads import head_flops
 from .independence import keep_independent
 from .memory import groups
-from .package import CERTIFIED, METRIC, Job, Options, input_specs, pack
+from .package import METRIC, Job, Options, input_specs, pack
 from .record import Recording, calibrate, record
 from .search import NONE, Found, search_heads
 from .splits import RowSplits, check_splits, split_rows
@@ -160,9 +161,9 @@ def finish(
         program = build_program(
             backbone, exit_plan(selection, heads, temperatures), {h.candidate.name: h.module for h in heads}
         )
-    job = Job(
-        rows, splits, heads, temperatures, recorded, price, selection, certificate, ready.plain, options, ready.trace
-    )
+    turned = (options.dial, options.policy, options.delta) if choose is None else ((), selection.policy, options.delta)
+    plans = dial(selection, certificate, recorded, price, *turned)
+    job = Job(rows, splits, heads, temperatures, recorded, price, selection, plans, ready.plain, options, ready.trace)
     manifest, files = pack(program, job)
     write_artifact(Path(out), manifest, files)
     return manifest
@@ -260,7 +261,7 @@ def choose_exits(
     if options.policy != CERTIFIED:
         return select(options.policy, recorded["select"], price, options.tolerance), None
     found = certified(recorded["select"], recorded["certify"], price, options.tolerance, options.delta)
-    return found.selection, Certificate(found.delta, found.rows, found.observed, found.bound)
+    return found.selection, evidence(found)
 
 
 def costs(backbone: Backbone, heads: Sequence[Head]) -> Costs:

@@ -24,7 +24,6 @@ from offramp.runtime.errors import UsageError
 from offramp.runtime.manifest import (
     FORMAT_VERSION,
     BackboneSpec,
-    Certificate,
     ExitSpec,
     Manifest,
     Measured,
@@ -37,6 +36,7 @@ from offramp.runtime.session import load
 from offramp.runtime.trace import PASSES_FILE, dump_passes
 
 from . import measure
+from .dial import CERTIFIED, TOLERANCES
 from .distill import Head
 from .emit import SCRIPT, TARGETS, check_targets, emit
 from .emit.metadata import known_before
@@ -51,7 +51,6 @@ from .thresholds import POLICIES, Costs, Records, Selection
 from .training import Training
 
 METRIC = METRICS[0]
-CERTIFIED = "certified"
 ALL_POLICIES = (CERTIFIED, *POLICIES)
 _CHECKED_ROWS = 256
 
@@ -62,6 +61,7 @@ class Options:
 
     tolerance: float = 0.01  # share of rows whose early answer may differ from the backbone's
     policy: str = CERTIFIED
+    dial: tuple[float, ...] = TOLERANCES  # that a deployment may turn to, beside `tolerance`
     delta: float = 0.05  # how often the certificate may be wrong
     seed: int = 0
     targets: tuple[str, ...] = TARGETS
@@ -80,6 +80,8 @@ class Options:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.tolerance) and 0 <= self.tolerance <= 1):
             raise UsageError(f"tolerance {self.tolerance} is not a share of rows; give a number from 0 to 1")
+        if wrong := [t for t in self.dial if not (math.isfinite(t) and 0 < t <= 1)]:
+            raise UsageError(f"tolerance {wrong[0]} of the dial is not a share of rows; give numbers above 0, up to 1")
         if self.policy not in ALL_POLICIES:
             raise UsageError(f"policy {self.policy!r} does not exist; choose one of {', '.join(ALL_POLICIES)}")
         if not 0 < self.delta < 1:
@@ -104,7 +106,7 @@ class Job:
     recorded: Mapping[str, Records]  # splits select, certify, test
     costs: Costs  # FLOPs
     selection: Selection
-    certificate: Certificate | None
+    plans: Sequence[Plan]  # by rising tolerance, the selection's among them
     plain: ModelBytes | None  # the backbone alone as ONNX, to measure against; None: measure nothing
     options: Options
     trace: Trace = field(default_factory=Trace)  # the graph after every pass
@@ -158,7 +160,6 @@ def _describe(program: ExitProgram, job: Job) -> Manifest:
     """The manifest, but for what is emitted and measured."""
     backbone, selection, splits = program.backbone, job.selection, job.splits
     labels = job.rows.labels[splits.test] if job.rows.labels is not None else None
-    thresholds = tuple(None if math.isinf(t) and t > 0 else t for t in selection.thresholds)
     flops = round(sum(s.flops for s in program.segments))
     parts = {part: len(getattr(splits, part)) for part in ("distil", "calibrate", "select", "certify", "test")}
     return Manifest(
@@ -169,8 +170,8 @@ def _describe(program: ExitProgram, job: Job) -> Manifest:
         confidence=program.plan.metric,
         stages=(),
         exits=_exit_specs(program, [job.heads[index] for index in selection.chosen]),
-        plans=(Plan(selection.tolerance, selection.policy, thresholds, job.certificate),),
-        default_plan=0,
+        plans=tuple(job.plans),
+        default_plan=[plan.tolerance for plan in job.plans].index(selection.tolerance),
         splits=Splits(splits.seed, **parts),
         preprocessing=job.options.preprocessing,
         evaluation=evaluate(program, run_program(program, job.rows, splits.test), labels),

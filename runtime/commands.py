@@ -97,7 +97,11 @@ def _describe(artifact: Artifact) -> str:
     for index, plan in enumerate(manifest.plans):
         limits = ", ".join("never" if limit is None else f"{limit:.4f}" for limit in plan.thresholds)
         mark = "*" if index == manifest.default_plan else " "
-        lines.append(f"  {mark} tolerance {percent(plan.tolerance, 2)}, {plan.policy}: {limits or 'no exit'}")
+        proof = plan.certificate
+        sure = (
+            f"certified, {1 - proof.delta:.0%} sure of at most {percent(proof.bound, 2)}" if proof else "not certified"
+        )
+        lines.append(f"  {mark} tolerance {percent(plan.tolerance, 2)}, {plan.policy}: {limits or 'no exit'} ({sure})")
     lines += ["", f"Files in {artifact.path}, all checked"]
     lines += [
         f"  {name:<28} {human(spec.size):>8}B  sha256 {spec.sha256[:16]}" for name, spec in manifest.all_files().items()
@@ -115,6 +119,11 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="NPZ", help="file to write the answers to")
     parser.add_argument("--batch", type=positive, default=32, metavar="N", help="rows at a time (default 32)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads per stage (default: physical cores)")
+    parser.add_argument(
+        "--tolerance", type=float, metavar="T",
+        help="share of rows whose answer may differ: the boldest plan of the artifact that is within it answers, 0 is "
+        "the backbone alone (default: the plan it was compiled for)",
+    )  # fmt: skip
     parser.add_argument(
         "--providers", metavar="P,...", help="ONNX Runtime providers in order (default: CUDA if there, CPU)"
     )
@@ -135,7 +144,7 @@ def _run(args: argparse.Namespace) -> int:
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"{out}: is a folder or lies in none; give a file name in a folder that exists")
     providers = args.providers.split(",") if args.providers else None
-    with load(args.artifact, providers=providers, threads=args.threads) as session:
+    with load(args.artifact, providers=providers, threads=args.threads, tolerance=args.tolerance) as session:
         folder = Path(args.data).is_dir()
         preprocessing = args.preprocess or (session.manifest.preprocessing if folder else None)
         rows = open_data(args.data, inputs=session.inputs, preprocessing=preprocessing, labels=args.labels)

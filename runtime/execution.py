@@ -5,7 +5,8 @@ left are dropped from every value a later stage reads, so an answered row costs 
 over at once. `SingleFile` runs `model.onnx`, which compacts inside; it answers all rows together.
 
 A row leaves at the first exit with confidence >= threshold, both float32; an exit whose threshold is infinite
-never answers. Both executors are read-only after construction, so threads may share them.
+never answers. Thresholds are the batch's or, as an array, each row's own. Both executors are read-only after
+construction, so threads may share them.
 
 Refused at construction: a stage whose model does not read and give what the manifest says, a value no earlier
 stage gives.
@@ -43,7 +44,7 @@ class ExitRows:
 class Executor(Protocol):
     """What a session asks of either form of the artifact. Batches are checked and hold at least one row."""
 
-    def answer(self, arrays: Arrays, thresholds: Thresholds) -> Iterator[ExitRows]:
+    def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
         """Rows as they leave; a later exit is computed only when its rows are asked for."""
 
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
@@ -72,15 +73,19 @@ class Segments:
             stage = _Stage(session, session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on)
             self._stages.append(stage)
 
-    def answer(self, arrays: Arrays, thresholds: Thresholds) -> Iterator[ExitRows]:
+    def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
         # Between two stages the caches are ONNX Runtime's: every Python step here costs several times what it
         # costs in a loop of its own, at batch 1 a tenth of a small model in all. Hence plain floats for one row.
         live = arrays
         rows: np.ndarray | None = None
         last = len(self._stages) - 1
+        each = thresholds if isinstance(thresholds, np.ndarray) else None  # [rows, exits - 1]
         for index, stage in enumerate(self._stages):
             feed = {name: live[name] for name in stage.inputs}
-            if index < last and thresholds[index] == _NEVER:
+            limit: float | np.ndarray = _NEVER
+            if index < last:
+                limit = thresholds[index] if each is None else _limits(each, rows, index)
+            if index < last and type(limit) is float and limit == _NEVER:
                 values = stage.session.run(stage.kept, feed) if stage.kept else []
                 live = _carry(stage, live, values)
                 continue
@@ -89,10 +94,10 @@ class Segments:
             if index == last:
                 yield ExitRows(index, rows, probabilities, confidence)
                 return
-            if len(confidence) == 1:
-                count = int(confidence.item() >= thresholds[index])
+            if len(confidence) == 1 and type(limit) is float:
+                count = int(confidence.item() >= limit)
             else:
-                leaves = confidence >= np.float32(thresholds[index])
+                leaves = confidence >= np.asarray(limit, np.float32)
                 count = int(np.count_nonzero(leaves))
             if count == len(confidence):
                 yield ExitRows(index, rows, probabilities, confidence)
@@ -134,9 +139,11 @@ class SingleFile:
             raise ArtifactError(f"{session.name}: has no {sorted(missing)[0]!r}; compile the model again")
         self._session = session
 
-    def answer(self, arrays: Arrays, thresholds: Thresholds) -> Iterator[ExitRows]:
-        feed = {**arrays, "thresholds": np.array(thresholds, np.float32)} if self._threshold_feed else arrays
-        probabilities, exits = self._session.run([PROBABILITIES, "exit"], feed)
+    def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
+        if isinstance(thresholds, np.ndarray):
+            probabilities, exits = self._row_by_row(arrays, thresholds)
+        else:
+            probabilities, exits = self._run(arrays, thresholds)
         confidence = probabilities.max(axis=1)
         for index in range(self._exits):
             rows = np.flatnonzero(exits == index)
@@ -145,10 +152,33 @@ class SingleFile:
             elif rows.size:
                 yield ExitRows(index, rows, probabilities[rows], confidence[rows])
 
+    def _run(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> list[np.ndarray]:
+        feed = {**arrays, "thresholds": np.array(thresholds, np.float32)} if self._threshold_feed else arrays
+        return self._session.run([PROBABILITIES, "exit"], feed)
+
+    def _row_by_row(self, arrays: Arrays, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The file takes one set of thresholds, so rows that share theirs go together."""
+        kinds, which = np.unique(thresholds, axis=0, return_inverse=True)
+        groups = [np.flatnonzero(which.reshape(-1) == kind) for kind in range(len(kinds))]
+        parts = [
+            self._run({name: value[rows] for name, value in arrays.items()}, kind)
+            for kind, rows in zip(kinds, groups, strict=True)
+        ]
+        back = np.argsort(np.concatenate(groups), kind="stable")
+        probabilities, exits = (np.concatenate(values)[back] for values in zip(*parts, strict=True))
+        return probabilities, exits
+
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
         for index in range(self._exits):
             alone = tuple(-_NEVER if exit_ == index else _NEVER for exit_ in range(self._exits - 1))
             yield from self.answer(arrays, alone)
+
+
+def _limits(each: np.ndarray, rows: np.ndarray | None, index: int) -> float | np.ndarray:
+    """The live rows' own thresholds; where they are all the same, that one."""
+    limits = each[:, index] if rows is None else each[rows, index]
+    first = limits[0]
+    return float(first) if (limits == first).all() else limits
 
 
 def _carry(stage: _Stage, live: Arrays, values: Sequence[np.ndarray]) -> Arrays:

@@ -21,7 +21,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from .errors import ArtifactError
+from .errors import ArtifactError, UsageError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -194,9 +194,23 @@ class Manifest:
     files: dict[str, FileSpec]
     measured: Measured
 
-    def thresholds(self) -> tuple[float, ...]:
-        """[exits - 1] of the default plan; an exit that never answers has infinity."""
-        plan = self.plans[self.default_plan]
+    def plan(self, tolerance: float | None = None) -> Plan | None:
+        """The boldest plan whose tolerance is not above the one asked for; the default one for None.
+
+        None where no plan is as timid as that: the backbone answers. Raises `UsageError` outside [0, 1].
+        """
+        if tolerance is None:
+            return self.plans[self.default_plan]
+        if not 0 <= tolerance <= 1:  # nor not a number
+            raise UsageError(f"tolerance {tolerance} is not a share of rows; give a number from 0 to 1")
+        within = [plan for plan in self.plans if plan.tolerance <= tolerance]
+        return max(within, key=lambda plan: plan.tolerance) if within and tolerance > 0 else None
+
+    def thresholds(self, tolerance: float | None = None) -> tuple[float, ...]:
+        """[exits - 1] of `plan(tolerance)`; an exit that never answers has infinity."""
+        plan = self.plan(tolerance)
+        if plan is None:
+            return (math.inf,) * (len(self.exits) - 1)
         return tuple(math.inf if t is None else t for t in plan.thresholds)
 
     def all_files(self) -> dict[str, FileSpec]:

@@ -22,7 +22,7 @@ from .engine import EngineSession, check_threads, choose_providers
 from .errors import UsageError
 from .execution import Executor, ExitRows, Segments, SingleFile, Thresholds
 from .inputs import Batch, check_batch
-from .manifest import Manifest, TensorSpec
+from .manifest import Manifest, Plan, TensorSpec
 
 SINGLE_FILE = "model.onnx"
 
@@ -55,6 +55,7 @@ def load(
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     executor: Literal["segments", "single-file"] | None = None,
+    tolerance: float | None = None,
 ) -> Session:
     """Check the artifact at `path` and make it ready to answer.
 
@@ -62,6 +63,8 @@ def load(
     `threads` is the number of threads a stage may use; None is ONNX Runtime's own, the physical cores, and
     right where they are free. Where others compute too, 1 is several times faster.
     `executor` picks a form where the artifact holds both; None prefers its stages.
+    `tolerance` turns the dial: the boldest of the artifact's plans that is within it answers; 0 gives the backbone's
+    own answers, None the plan it was compiled for.
     """
     check_threads(threads)
     if executor not in (None, "segments", "single-file"):
@@ -69,6 +72,7 @@ def load(
     chosen = choose_providers(providers)
     artifact = open_artifact(path)
     manifest = artifact.manifest
+    manifest.plan(tolerance)
     if not manifest.stages and SINGLE_FILE not in manifest.files:
         raise UsageError(
             f"{path}: holds TorchScript only, which torch and libtorch run and this runtime does not; "
@@ -82,22 +86,29 @@ def load(
         EngineSession(artifact.model(name), f"{path}/{name}", chosen, threads, strict=providers is not None)
         for name in files
     ]
-    return Session(artifact, Segments(manifest, sessions) if staged else SingleFile(manifest, sessions[0]))
+    executed = Segments(manifest, sessions) if staged else SingleFile(manifest, sessions[0])
+    return Session(artifact, executed, tolerance)
 
 
 class Session:
     """Answers batches with one artifact; made by `load`."""
 
-    def __init__(self, artifact: Artifact, executor: Executor) -> None:
+    def __init__(self, artifact: Artifact, executor: Executor, tolerance: float | None = None) -> None:
         self._manifest = artifact.manifest
         self._path = artifact.path
         self._executor: Executor | None = executor
-        self._thresholds = _floats(np.array(self._manifest.thresholds(), np.float32))
+        self._plan = self._manifest.plan(tolerance)
+        self._thresholds = _floats(np.array(self._manifest.thresholds(tolerance), np.float32))
 
     @property
     def manifest(self) -> Manifest:
         """What the artifact says of itself."""
         return self._manifest
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that answers where a call states none; None: the backbone alone."""
+        return self._plan
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -114,13 +125,21 @@ class Session:
         """E, the number of exits, the backbone's own output included."""
         return len(self._manifest.exits)
 
-    def run(self, batch: Batch, *, thresholds: Sequence[float] | None = None, on_exit: OnExit | None = None) -> Answers:
+    def run(
+        self,
+        batch: Batch,
+        *,
+        tolerance: float | np.ndarray | None = None,
+        thresholds: Sequence[float] | None = None,
+        on_exit: OnExit | None = None,
+    ) -> Answers:
         """One answer per row, in the order of the batch.
 
-        `thresholds` [E-1] take the place of the artifact's for this call; infinity silences an exit.
+        `tolerance` turns the dial for this call, see `load`; an array [B] turns it row by row. `thresholds` [E-1] take
+        the place of any plan's; infinity silences an exit. Give one of the two at most.
         `on_exit(rows, answers)` is called with the rows of each exit as soon as they are answered.
         """
-        arrays, rows, limits, executor = self._prepare(batch, thresholds)
+        arrays, rows, limits, executor = self._prepare(batch, tolerance, thresholds)
         whole: Answers | None = None
         for leaving in executor.answer(arrays, limits) if rows else ():
             answers = _answers(leaving)
@@ -136,20 +155,24 @@ class Session:
         return whole or _empty(0, self.classes)
 
     def stream(
-        self, batch: Batch, *, thresholds: Sequence[float] | None = None
+        self,
+        batch: Batch,
+        *,
+        tolerance: float | np.ndarray | None = None,
+        thresholds: Sequence[float] | None = None,
     ) -> Iterator[tuple[np.ndarray, Answers]]:
-        """Yield (rows [n] int64, their answers), shallowest exit first.
+        """Yield (rows [n] int64, their answers), shallowest exit first; the rest as for `run`.
 
         A stage runs only when the rows that need it are asked for, so leaving the loop saves the rest. The
         single file answers all rows at once; only their order is kept.
         """
-        arrays, rows, limits, executor = self._prepare(batch, thresholds)
+        arrays, rows, limits, executor = self._prepare(batch, tolerance, thresholds)
         # A generator of its own: what is wrong with the batch is said here, not at the first step.
         return _stream(executor.answer(arrays, limits)) if rows else iter(())
 
     def run_all(self, batch: Batch) -> AllAnswers:
         """Every exit's answer for every row: no row leaves, so this costs more than the backbone."""
-        arrays, rows, _, executor = self._prepare(batch, None)
+        arrays, rows, _, executor = self._prepare(batch, None, None)
         probabilities = np.empty((self.exits, rows, self.classes), np.float32)
         confidence = np.empty((self.exits, rows), np.float32)
         for leaving in executor.answer_all(arrays) if rows else ():
@@ -168,14 +191,31 @@ class Session:
         self.close()
 
     def _prepare(
-        self, batch: Batch, thresholds: Sequence[float] | None
-    ) -> tuple[dict[str, np.ndarray], int, Thresholds, Executor]:
+        self, batch: Batch, tolerance: float | np.ndarray | None, thresholds: Sequence[float] | None
+    ) -> tuple[dict[str, np.ndarray], int, Thresholds | np.ndarray, Executor]:
         executor = self._executor
         if executor is None:
             raise UsageError(f"{self._path}: this session was closed; load the artifact again")
         arrays, rows = check_batch(batch, self._manifest.inputs)
+        if tolerance is not None:
+            if thresholds is not None:
+                raise UsageError("both a tolerance and thresholds are given; give one of them")
+            return arrays, rows, self._turned(tolerance, rows), executor
         limits = self._thresholds if thresholds is None else self._limits(thresholds)
         return arrays, rows, limits, executor
+
+    def _turned(self, tolerance: float | np.ndarray, rows: int) -> Thresholds | np.ndarray:
+        """Thresholds [E-1] of a tolerance, or [B, E-1] of one for every row."""
+        if np.ndim(tolerance) == 0:
+            return _floats(np.array(self._manifest.thresholds(float(tolerance)), np.float32))
+        given = np.asarray(tolerance)
+        if given.shape != (rows,) or given.dtype.kind not in "fiu":
+            raise UsageError(
+                f"tolerance is {given.dtype} {list(given.shape)}; give one number, or one for each of the {rows} rows"
+            )
+        levels, which = np.unique(given, return_inverse=True)
+        limits = [self._manifest.thresholds(float(level)) for level in levels]
+        return np.array(limits, np.float32).reshape(len(levels), self.exits - 1)[which]
 
     def _limits(self, thresholds: Sequence[float]) -> Thresholds:
         try:

@@ -66,6 +66,60 @@ def test_run_takes_the_thresholds_of_the_default_plan(session: Session) -> None:
     assert_reference(session.run(batch(64)), batch(64), THRESHOLDS)
 
 
+# The artifact's plans are for 0.1 % and 1 %.
+DIAL = {0.0: (INF, INF), 0.0005: (INF, INF), 0.001: (INF, 0.9), 0.005: (INF, 0.9), 0.01: THRESHOLDS, 1.0: THRESHOLDS}
+
+
+@pytest.mark.parametrize("tolerance", DIAL)
+def test_the_dial_takes_the_boldest_plan_within_the_tolerance(tiny: Tiny, session: Session, tolerance: float) -> None:
+    rows = batch(64)
+    assert_reference(session.run(rows, tolerance=tolerance), rows, DIAL[tolerance])
+    with load(tiny.path, threads=1, tolerance=tolerance) as turned:
+        assert_reference(turned.run(rows), rows, DIAL[tolerance])
+        assert (turned.plan is None) == (tolerance < 0.001)
+        assert turned.plan is None or turned.plan.tolerance <= tolerance
+        assert_reference(turned.run(rows, tolerance=0.01), rows, THRESHOLDS)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_row_may_have_a_tolerance_of_its_own(session: Session, size: int) -> None:
+    rows = batch(size, seed=size)
+    levels = np.random.default_rng(size).choice(list(DIAL), size)
+    answers = session.run(rows, tolerance=levels)
+    parts = list(session.stream(rows, tolerance=levels))
+    assert [int(part.exits[0]) for _, part in parts] == sorted({int(part.exits[0]) for _, part in parts})
+    for index, part in parts:
+        np.testing.assert_array_equal(part.exits, answers.exits[index])
+    for level, thresholds in DIAL.items():
+        own = np.flatnonzero(levels == level)
+        expected, exits = reference(rows, thresholds)
+        sure = own[~doubtful(rows, thresholds)[own]]
+        np.testing.assert_array_equal(answers.exits[sure], exits[sure])
+        np.testing.assert_allclose(answers.probabilities[sure], expected[sure], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (-0.1, "tolerance -0.1 is not a share of rows"),
+        (float("nan"), "tolerance nan is not a share of rows"),
+        (np.array([0.01, 0.01]), r"tolerance is float64 \[2\]; give one number, or one for each of the 3 rows"),
+        (np.array(["a", "b", "c"]), "give one number"),
+        (np.array([0.0, 0.5, 1.5]), "tolerance 1.5 is not a share of rows"),
+    ],
+)
+def test_tolerances_that_are_none_are_refused(session: Session, given: float | np.ndarray, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        session.run(batch(3), tolerance=given)
+
+
+def test_a_tolerance_and_thresholds_are_refused_together(tiny: Tiny, session: Session) -> None:
+    with pytest.raises(UsageError, match="both a tolerance and thresholds"):
+        session.run(batch(3), tolerance=0.01, thresholds=THRESHOLDS)
+    with pytest.raises(UsageError, match="tolerance 2 is not a share"):
+        load(tiny.path, tolerance=2)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("plan", PLANS)
 def test_stream_and_on_exit_hand_over_each_row_once(session: Session, plan: str, size: int) -> None:

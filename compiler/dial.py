@@ -1,0 +1,76 @@
+"""The dial: plans for the tolerances that a deployment may turn to, over the exits an artifact has.
+
+The exits are those chosen for the tolerance asked for. For every other tolerance of the dial thresholds are chosen anew
+among them, by the same policy and on the same rows; an exit that does not pay there never answers. Under the policy
+`certified` each plan gets a certificate of its own, where the certification rows are enough for one: each holds with
+probability 1 - delta for itself, not all of them at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from offramp.runtime.manifest import Certificate, Plan
+
+from .certify import Certified, certified, rows_needed
+from .thresholds import Costs, Records, Selection, joint, select
+
+TOLERANCES = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05)
+CERTIFIED = "certified"
+
+
+def evidence(found: Certified) -> Certificate:
+    """The certificate as the manifest writes it."""
+    return Certificate(found.delta, found.rows, found.observed, found.bound)
+
+
+def dial(
+    chosen: Selection, certificate: Certificate | None, recorded: Mapping[str, Records], costs: Costs,
+    tolerances: Sequence[float], policy: str, delta: float,
+) -> tuple[Plan, ...]:  # fmt: skip
+    """Plans by rising tolerance, `chosen` among them; none but it when it has no exits."""
+    plans = {chosen.tolerance: Plan(chosen.tolerance, policy, _stored(chosen.thresholds), certificate)}
+    if chosen.chosen:
+        own = {part: among(kept, chosen.chosen) for part, kept in recorded.items()}
+        price = merged(costs, chosen.chosen)
+        for tolerance in tolerances:
+            if tolerance not in plans:
+                plans[tolerance] = _plan(own, price, tolerance, policy, delta)
+    return tuple(plans[tolerance] for tolerance in sorted(plans))
+
+
+def among(records: Records, chosen: Sequence[int]) -> Records:
+    """What some of the candidates said."""
+    columns = list(chosen)
+    return Records(
+        np.ascontiguousarray(records.confidence[:, columns]), np.ascontiguousarray(records.agrees[:, columns])
+    )
+
+
+def merged(costs: Costs, chosen: Sequence[int]) -> Costs:
+    """The compute between some of the candidates, and their heads'."""
+    reach = np.append(costs.reach[list(chosen)], costs.reach[-1])
+    return Costs(np.diff(reach, prepend=0.0), costs.head[list(chosen)])
+
+
+def _plan(recorded: Mapping[str, Records], costs: Costs, tolerance: float, policy: str, delta: float) -> Plan:
+    kept, held_out = recorded["select"], recorded["certify"]
+    certificate, name = None, policy
+    if policy != CERTIFIED:
+        found = select(policy, kept, costs, tolerance)
+    elif held_out.rows >= rows_needed(tolerance, delta):
+        proved = certified(kept, held_out, costs, tolerance, delta)
+        found, certificate = proved.selection, evidence(proved)
+    else:  # the first plan of the path there would be
+        found, name = joint(replace(kept, predicted=True), costs, tolerance), "predicted"
+    thresholds = np.full(len(costs.head), math.inf)
+    thresholds[list(found.chosen)] = found.thresholds
+    return Plan(tolerance, name, _stored(thresholds), certificate)
+
+
+def _stored(thresholds: Sequence[float] | np.ndarray) -> tuple[float | None, ...]:
+    return tuple(None if math.isinf(t) and t > 0 else float(t) for t in thresholds)

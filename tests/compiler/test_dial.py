@@ -1,0 +1,101 @@
+"""The dial: plans over the exits an artifact has, each within its tolerance, certified where there are rows enough."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import QUICK, Compiled
+
+from offramp.compiler import Costs, Records, select
+from offramp.compiler.certify import certified, rows_needed, upper_bound
+from offramp.compiler.dial import TOLERANCES, among, dial, evidence, merged
+from offramp.compiler.thresholds import disagreement, exits_taken, expected_cost
+from offramp.runtime import load
+from offramp.runtime.manifest import Plan
+
+COSTS = Costs(np.array([2.0, 3.0, 1.0, 4.0]), np.array([0.1, 0.2, 0.1]))
+
+
+def records(rows: int, seed: int) -> Records:
+    """Three exits whose confidence is the chance that they agree."""
+    rng = np.random.default_rng(seed)
+    sure = 1 - rng.random((rows, 3)) ** np.array([2.0, 3.0, 5.0])
+    return Records(sure.astype(np.float32), rng.random((rows, 3)) < sure)
+
+
+def plans(policy: str, rows: int = 2000, seed: int = 0) -> tuple[tuple[int, ...], tuple[Plan, ...], dict[str, Records]]:
+    recorded = {"select": records(rows, seed), "certify": records(rows, seed + 1)}
+    if policy == "certified":
+        found = certified(recorded["select"], recorded["certify"], COSTS, 0.02)
+        chosen, certificate = found.selection, evidence(found)
+    else:
+        chosen, certificate = select(policy, recorded["select"], COSTS, 0.02), None
+    return chosen.chosen, dial(chosen, certificate, recorded, COSTS, TOLERANCES, policy, 0.05), recorded
+
+
+def limits(plan: Plan) -> tuple[float, ...]:
+    return tuple(math.inf if t is None else t for t in plan.thresholds)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from(["joint", "equal", "geometric"]))
+def test_every_plan_keeps_to_its_tolerance_on_the_rows_it_was_chosen_on(seed: int, policy: str) -> None:
+    chosen, made, recorded = plans(policy, 400, seed)
+    kept = among(recorded["select"], chosen)
+    everyone = tuple(range(len(chosen)))
+    assert [p.tolerance for p in made] == (sorted({*TOLERANCES, 0.02}) if chosen else [0.02])
+    for plan in made:
+        assert (plan.policy, plan.certificate, len(plan.thresholds)) == (policy, None, len(chosen))
+        assert disagreement(kept, everyone, limits(plan)) <= plan.tolerance
+
+
+def test_certificates_are_the_plans_own_and_absent_where_rows_are_too_few() -> None:
+    chosen, made, recorded = plans("certified", 500)
+    assert chosen, "else there is nothing to turn"
+    held_out = among(recorded["certify"], chosen)
+    for plan in made:
+        if rows_needed(plan.tolerance, 0.05) > 500:
+            assert (plan.certificate, plan.policy) == (None, "predicted")
+            continue
+        assert plan.certificate is not None
+        observed = round(disagreement(held_out, range(len(chosen)), limits(plan)) * 500)
+        assert plan.certificate.observed == observed
+        if any(t is not None for t in plan.thresholds):
+            assert plan.certificate.bound == upper_bound(observed, 500, 0.05) <= plan.tolerance
+    assert {plan.policy for plan in made} == {"certified", "predicted"}
+
+
+def test_a_plan_over_some_exits_costs_what_it_costs_over_all() -> None:
+    kept = records(300, 3)
+    for chosen in [(0,), (2,), (0, 2), (0, 1, 2)]:
+        thresholds = (0.7,) * len(chosen)
+        own, price = among(kept, chosen), merged(COSTS, chosen)
+        positions = tuple(range(len(chosen)))
+        assert np.array_equal(exits_taken(own, positions, thresholds), exits_taken(kept, chosen, thresholds))
+        assert expected_cost(own, price, positions, thresholds) == pytest.approx(
+            expected_cost(kept, COSTS, chosen, thresholds)
+        )
+
+
+def test_nothing_to_turn_without_exits() -> None:
+    kept = records(50, 0)
+    never = Records(kept.confidence, np.zeros_like(kept.agrees))
+    none = select("joint", never, COSTS, 0.01)
+    assert none.chosen == ()
+    made = dial(none, None, {"select": never, "certify": never}, COSTS, TOLERANCES, "joint", 0.05)
+    assert [p.tolerance for p in made] == [0.01]
+
+
+def test_an_artifact_turns_from_the_backbone_to_bolder_plans(compiled: Compiled) -> None:
+    images = compiled.digits.images
+    with load(compiled.path, threads=1) as session:
+        assert [p.tolerance for p in session.manifest.plans] == sorted({*TOLERANCES, QUICK.tolerance})
+        assert session.plan is not None
+        assert session.plan.tolerance == QUICK.tolerance
+        mean_exit = [session.run(images, tolerance=t).exits.mean() for t in (0.0, 0.01, 0.05)]
+        assert mean_exit[0] == session.exits - 1, "tolerance 0 is the backbone's own answers"
+        assert mean_exit[0] > mean_exit[1] >= mean_exit[2]
