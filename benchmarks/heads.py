@@ -94,7 +94,7 @@ def compared(task: Task, training: Training, search: Search, seed: int, threads:
     result["rows"] = {part: len(getattr(task, part)) for part in ("learn", "validate", "score", "judged")}
     training, search = replace(training, **task.training), replace(search, **task.search)
     result |= {"epochs": training.epochs, "engine": search.engine, "trials": search.trials}
-    for kind, chosen in (("default", Search()), ("searched", search)):
+    for kind, chosen in (("searched", search), ("default", Search())):
         options = Options(
             training=training, search=chosen, seed=seed, threads=threads, max_candidates=task.max_candidates
         )
@@ -127,7 +127,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
                     [
                         name,
                         *(_spread(s["saved"], 1) + " %" for s in pair),
-                        " / ".join(percent(kind["oracle_saved"]) for kind in result["kinds"].values()),
+                        " / ".join(percent(result["kinds"][kind]["oracle_saved"]) for kind in ("default", "searched")),
                         " / ".join(_spread(s["disagreement"], 2) for s in pair) + " %",
                         " / ".join(_spread(s["accuracy_change"], 2) for s in pair),
                     ]

@@ -66,7 +66,21 @@ def _pooled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.mean((2, 3)), x.amax((2, 3))
 
 
+class EverySecond(nn.Module):
+    """[B, C, H, W] -> every `stride`-th row and column."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, C, H / stride, W / stride], rounded up."""
+        return x[:, :, :: self.stride, :: self.stride]
+
+
 def _plain(entering: int, width: int, kernel: int, stride: int) -> list[nn.Module]:
+    if kernel == 1 and stride > 1:  # the same, and oneDNN's backward pass of a strided 1 x 1 convolution crashes
+        return [EverySecond(stride), nn.Conv2d(entering, width, 1, bias=False)]
     return [nn.Conv2d(entering, width, kernel, stride, kernel // 2, bias=False)]
 
 

@@ -154,6 +154,15 @@ def test_worth_is_the_compute_saved_less_the_price() -> None:
     assert worth(sure, agrees, 0.8, 0.05, 0.02) == pytest.approx((0.61 + 0.62 + 0.64) / 3 * 0.8 - 0.05)
 
 
+def test_strided_convolutions_of_one_pixel_are_convolutions_of_every_second_one() -> None:
+    """Written so because oneDNN crashes in the backward pass of the other form, on two threads."""
+    head = build_head(HeadConfig("conv", {"widths": [12, 24], "kernel": 1, "strides": [1, 2]}), (16, 9, 8), 10)
+    strided = head.features[1]
+    x = torch.randn(4, 12, 9, 8, generator=torch.Generator().manual_seed(0))
+    weight = next(m for m in strided if isinstance(m, nn.Conv2d)).weight
+    torch.testing.assert_close(strided[1](strided[0](x)), nn.functional.conv2d(x, weight, stride=2))
+
+
 def sure_chain(width: int = 16) -> Chain:
     """Its answers differ from row to row, so there is something to learn."""
     torch.manual_seed(0)
