@@ -1,6 +1,6 @@
 """Searched heads against the default ones, on trained weights and rows that nothing has been picked on.
 
-    python -m benchmarks.heads [--tasks resnet20 resnet56 resnet50 sst2] [--engine tpe] [--trials 6] [--epochs 30]
+    python -m benchmarks.heads [--tasks resnet20 resnet56 resnet50 sst2] [--engine tpe] [--trials 4] [--epochs 30]
 
 For every task both kinds of heads are trained on the same rows with the same seeds; then exits are chosen and judged
 on ten random splits of rows no head has learned from, at every tolerance. The oracle lets every row leave at the first

@@ -103,9 +103,11 @@ def _default(shape: Shape, width: int) -> Settings:
 
 
 def _chosen(shape: Shape, width: int, choices: Settings) -> Settings:
-    """The later half of the convolutions is twice as wide; on large maps the third one halves them again."""
-    count, side = int(choices["convolutions"]), min(shape[1:])
-    strides = [choices["stride"] if i == 0 else 2 if i == 2 and side > _LARGE else 1 for i in range(count)]
+    """The later half of the convolutions is twice as wide. Large maps are halved by the first, whatever the choice,
+    and by the third: at full size a head costs little compute, and much time for the memory it moves."""
+    count, large = int(choices["convolutions"]), min(shape[1:]) > _LARGE
+    side, first = min(shape[1:]), 2 if large else choices["stride"]
+    strides = [first if i == 0 else 2 if i == 2 and large else 1 for i in range(count)]
     small = [-(-size // math.prod(strides)) for size in shape[1:]]
     return {
         "widths": [width if i < (count + 1) // 2 else 2 * width for i in range(count)],

@@ -48,7 +48,7 @@ class Search:
     """How heads are searched; `engine` "none" takes the default heads."""
 
     engine: str = NONE
-    trials: int = 6  # per candidate, beside its default head
+    trials: int = 4  # per candidate, beside its default head
     waves: int = 2
     epochs: int = 4  # that the better half of a wave learns for
     spaces: Mapping[str, Space] = field(default_factory=dict)  # by family, in place of the family's own
