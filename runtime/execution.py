@@ -86,6 +86,8 @@ class Segments:
             if index < last:
                 limit = thresholds[index] if each is None else _limits(each, rows, index)
             if index < last and type(limit) is float and limit == _NEVER:
+                # ONNX Runtime computes the head all the same: `only_execute_path_to_fetches` does nothing in its
+                # inference builds (tried with 1.31).
                 values = stage.session.run(stage.kept, feed) if stage.kept else []
                 live = _carry(stage, live, values)
                 continue

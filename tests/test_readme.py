@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def test_the_cifar10_tables_are_those_the_benchmark_wrote() -> None:
     assert block("cifar10_resnet") == table(written["results"])
     assert block("cifar10_splits") == spread_table(written["splits"])
     assert block("cifar10_stages") == stage_table([r for r in written["results"] if r["policy"] == "certified"])
+
+
+@pytest.mark.parametrize("name", ["heads", "search_cost", "ablation"])
+def test_the_tables_of_heads_are_those_the_benchmarks_wrote(name: str) -> None:
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    assert block(name) == benchmark.table(json.loads(benchmark.RESULTS.read_text())["results"])
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "bench"])
