@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +163,32 @@ def test_strided_convolutions_of_one_pixel_are_convolutions_of_every_second_one(
     x = torch.randn(4, 12, 9, 8, generator=torch.Generator().manual_seed(0))
     weight = next(m for m in strided if isinstance(m, nn.Conv2d)).weight
     torch.testing.assert_close(strided[1](strided[0](x)), nn.functional.conv2d(x, weight, stride=2))
+
+
+LEARN_EACH = """
+import random, sys, torch
+from offramp.compiler import Training
+from offramp.compiler.distill import fresh_head
+from offramp.compiler.heads import configure, search_space
+from offramp.compiler.learner import Learner
+torch.set_num_threads(2)
+random.seed(0)
+space = search_space("conv")
+for shape in [(16, 32, 32), (32, 16, 16), (64, 8, 8)] * 15:
+    drawn = {key: random.choice(entry["_value"]) for key, entry in space.items()}
+    config = configure("conv", shape, 10, 1e8, drawn)
+    print(config, flush=True)
+    value = torch.randn(33, *shape).contiguous(memory_format=torch.channels_last)
+    learner = Learner(fresh_head(config, shape, 10, 0), 2, 1e-3, Training())
+    learner.learn(torch.softmax(torch.randn(33, 10), 1), value)
+print("all")
+"""
+
+
+def test_heads_of_the_space_learn_on_two_threads() -> None:
+    """In a process of its own: some form of a convolution may crash the library below."""
+    done = subprocess.run([sys.executable, "-c", LEARN_EACH], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "all", done.stdout.splitlines()[-1]
 
 
 def sure_chain(width: int = 16) -> Chain:
