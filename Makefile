@@ -46,7 +46,6 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.single_file
 	$(BIN)/python -m benchmarks.heads
 	$(BIN)/python -m benchmarks.search_cost
-	$(BIN)/python -m benchmarks.ablation
 
 # Hundreds of models with random weights: its own environment, for it needs torchvision and timm, and hours. Stopped,
 # it goes on where it was; docs/zoo.md is written of what is done.

@@ -36,6 +36,7 @@ from offramp.compiler import (
     select,
     split_rows,
 )
+from offramp.compiler.dial import dial
 from offramp.compiler.equivalence import CLOSE, NEAR
 from offramp.passes import ExitProgram, build_program, find_candidates
 from offramp.runtime import Session, load, write_artifact
@@ -88,7 +89,9 @@ def make(model: str, folder: Path) -> Forms:
     selection = replace(selection, chosen=(0, 1, 2), thresholds=mixed)
     plan = exit_plan(selection, heads, temperatures)
     program = build_program(backbone, plan, {h.candidate.name: h.module for h in heads})
-    job = Job(data, splits, heads, temperatures, recorded, costs(backbone, heads), selection, None, b"", options)
+    price = costs(backbone, heads)
+    plans = dial(selection, None, recorded, price, (), "joint", options.delta)
+    job = Job(data, splits, heads, temperatures, recorded, price, selection, plans, None, options)
     manifest, files = pack(program, job)
     write_artifact(folder / "artifact", manifest, files)
     sessions = {form: load(folder / "artifact", executor=form) for form in ("segments", "single-file")}  # type: ignore[arg-type]
