@@ -24,7 +24,7 @@ def test_the_cifar10_tables_are_those_the_benchmark_wrote() -> None:
     assert block("cifar10_stages") == stage_table([r for r in written["results"] if r["policy"] == "certified"])
 
 
-@pytest.mark.parametrize("name", ["heads"])
+@pytest.mark.parametrize("name", ["heads", "search_cost"])
 def test_the_tables_of_heads_are_those_the_benchmarks_wrote(name: str) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")
     assert block(name) == benchmark.table(json.loads(benchmark.RESULTS.read_text())["results"])
