@@ -57,7 +57,6 @@ _EXAMPLE_ROWS = 8
 _MARGIN = 0.05  # by which a head's loss must be under that of a constant answer
 
 Say = Callable[[str], None]
-Choose = Callable[[Mapping[str, Records], Costs, Options], tuple[Selection, Certificate | None]]
 
 
 def compile(
@@ -141,10 +140,9 @@ def prepare(
 
 
 def finish(
-    ready: Ready, heads: Sequence[Head], out: str | Path, options: Options, say: Say = lambda line: None,
-    choose: Choose | None = None,
-) -> Manifest:  # fmt: skip
-    """The last part of `compile`: trained heads -> artifact. `choose` takes the place of `choose_exits`."""
+    ready: Ready, heads: Sequence[Head], out: str | Path, options: Options, say: Say = lambda line: None
+) -> Manifest:
+    """The last part of `compile`: trained heads -> artifact."""
     backbone, rows, splits = ready.backbone, ready.rows, ready.splits
     calibration = record(backbone, heads, rows, splits.calibrate, "calibrate")
     heads, calibration = keep_beyond_chance(heads, calibration, say)
@@ -154,15 +152,14 @@ def finish(
         for part in ("select", "certify", "test")
     }
     price = costs(backbone, heads)
-    selection, certificate = (choose or choose_exits)(recorded, price, options)
+    selection, certificate = choose_exits(recorded, price, options)
     seen = f"{selection.disagreement:.2%} disagreement on the {len(splits.select)} rows they were chosen on"
     say(f"{len(selection.chosen)} exits chosen by {options.policy}: {seen}")
     with observed(*_observers(ready.trace, options)):
         program = build_program(
             backbone, exit_plan(selection, heads, temperatures), {h.candidate.name: h.module for h in heads}
         )
-    turned = (options.dial, options.policy, options.delta) if choose is None else ((), selection.policy, options.delta)
-    plans = dial(selection, certificate, recorded, price, *turned)
+    plans = dial(selection, certificate, recorded, price, options.dial, options.policy, options.delta)
     job = Job(rows, splits, heads, temperatures, recorded, price, selection, plans, ready.plain, options, ready.trace)
     manifest, files = pack(program, job)
     write_artifact(Path(out), manifest, files)

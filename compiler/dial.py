@@ -4,6 +4,10 @@ The exits are those chosen for the tolerance asked for. For every other toleranc
 among them, by the same policy and on the same rows; an exit that does not pay there never answers. Under the policy
 `certified` each plan gets a certificate of its own, where the certification rows are enough for one: each holds with
 probability 1 - delta for itself, not all of them at once.
+
+Which exits the artifact has was decided by those same certification rows, but only among the plans of a path that the
+selection rows alone drew. So the tests over these exits are made at delta over the number of sets of exits on that
+path: whichever of them was taken, delta bounds the whole (union bound).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import numpy as np
 
 from offramp.runtime.manifest import Certificate, Plan
 
-from .certify import Certified, certified, rows_needed
+from .certify import Certified, certified, plan_path, rows_needed
 from .thresholds import Costs, Records, Selection, joint, select
 
 TOLERANCES = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05)
@@ -37,9 +41,12 @@ def dial(
     if chosen.chosen:
         own = {part: among(kept, chosen.chosen) for part, kept in recorded.items()}
         price = merged(costs, chosen.chosen)
+        sets = 1
+        if policy == CERTIFIED:
+            sets = len({plan.chosen for plan in plan_path(recorded["select"], costs, chosen.tolerance)})
         for tolerance in tolerances:
             if tolerance not in plans:
-                plans[tolerance] = _plan(own, price, tolerance, policy, delta)
+                plans[tolerance] = _plan(own, price, tolerance, policy, delta, sets)
     return tuple(plans[tolerance] for tolerance in sorted(plans))
 
 
@@ -57,14 +64,16 @@ def merged(costs: Costs, chosen: Sequence[int]) -> Costs:
     return Costs(np.diff(reach, prepend=0.0), costs.head[list(chosen)])
 
 
-def _plan(recorded: Mapping[str, Records], costs: Costs, tolerance: float, policy: str, delta: float) -> Plan:
+def _plan(
+    recorded: Mapping[str, Records], costs: Costs, tolerance: float, policy: str, delta: float, sets: int
+) -> Plan:
     kept, held_out = recorded["select"], recorded["certify"]
     certificate, name = None, policy
     if policy != CERTIFIED:
         found = select(policy, kept, costs, tolerance)
-    elif held_out.rows >= rows_needed(tolerance, delta):
-        proved = certified(kept, held_out, costs, tolerance, delta)
-        found, certificate = proved.selection, evidence(proved)
+    elif held_out.rows >= rows_needed(tolerance, delta / sets):
+        proved = certified(kept, held_out, costs, tolerance, delta / sets)
+        found, certificate = proved.selection, replace(evidence(proved), delta=delta)
     else:  # the first plan of the path there would be
         found, name = joint(replace(kept, predicted=True), costs, tolerance), "predicted"
     thresholds = np.full(len(costs.head), math.inf)

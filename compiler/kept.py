@@ -97,6 +97,8 @@ class Kept:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._tables[name] = _Table(self.folder / name, rows, shapes, needed)
             except OSError:  # the disk holds less than the budget: what does not fit is computed again, as past it
+                for file in self.folder.glob(f"{name}-*"):
+                    file.unlink()
                 return
             self._left -= needed
 

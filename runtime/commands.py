@@ -98,9 +98,7 @@ def _describe(artifact: Artifact) -> str:
         limits = ", ".join("never" if limit is None else f"{limit:.4f}" for limit in plan.thresholds)
         mark = "*" if index == manifest.default_plan else " "
         proof = plan.certificate
-        sure = (
-            f"certified, {1 - proof.delta:.0%} sure of at most {percent(proof.bound, 2)}" if proof else "not certified"
-        )
+        sure = f"{1 - proof.delta:.0%} sure of at most {percent(proof.bound, 2)}" if proof else "not certified"
         lines.append(f"  {mark} tolerance {percent(plan.tolerance, 2)}, {plan.policy}: {limits or 'no exit'} ({sure})")
     lines += ["", f"Files in {artifact.path}, all checked"]
     lines += [

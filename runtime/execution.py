@@ -82,10 +82,10 @@ class Segments:
         each = thresholds if isinstance(thresholds, np.ndarray) else None  # [rows, exits - 1]
         for index, stage in enumerate(self._stages):
             feed = {name: live[name] for name in stage.inputs}
-            limit: float | np.ndarray = _NEVER
+            limit: float | np.ndarray = -_NEVER
             if index < last:
                 limit = thresholds[index] if each is None else _limits(each, rows, index)
-            if index < last and type(limit) is float and limit == _NEVER:
+            if type(limit) is float and limit == _NEVER:
                 # ONNX Runtime computes the head all the same: `only_execute_path_to_fetches` does nothing in its
                 # inference builds (tried with 1.31).
                 values = stage.session.run(stage.kept, feed) if stage.kept else []

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 import re
 import types
 import typing
@@ -201,8 +202,9 @@ class Manifest:
         """
         if tolerance is None:
             return self.plans[self.default_plan]
-        if not 0 <= tolerance <= 1:  # nor not a number
-            raise UsageError(f"tolerance {tolerance} is not a share of rows; give a number from 0 to 1")
+        given: object = tolerance
+        if not (isinstance(given, numbers.Real) and 0 <= float(given) <= 1):
+            raise UsageError(f"tolerance {tolerance!r} is not a share of rows; give a number from 0 to 1")
         within = [plan for plan in self.plans if plan.tolerance <= tolerance]
         return max(within, key=lambda plan: plan.tolerance) if within and tolerance > 0 else None
 

@@ -72,7 +72,7 @@ def load(
     chosen = choose_providers(providers)
     artifact = open_artifact(path)
     manifest = artifact.manifest
-    manifest.plan(tolerance)
+    manifest.plan(tolerance)  # refuses a wrong tolerance before models are read
     if not manifest.stages and SINGLE_FILE not in manifest.files:
         raise UsageError(
             f"{path}: holds TorchScript only, which torch and libtorch run and this runtime does not; "
@@ -206,9 +206,9 @@ class Session:
 
     def _turned(self, tolerance: float | np.ndarray, rows: int) -> Thresholds | np.ndarray:
         """Thresholds [E-1] of a tolerance, or [B, E-1] of one for every row."""
-        if np.ndim(tolerance) == 0:
-            return _floats(np.array(self._manifest.thresholds(float(tolerance)), np.float32))
         given = np.asarray(tolerance)
+        if given.ndim == 0:
+            return _floats(np.array(self._manifest.thresholds(given.item()), np.float32))
         if given.shape != (rows,) or given.dtype.kind not in "fiu":
             raise UsageError(
                 f"tolerance is {given.dtype} {list(given.shape)}; give one number, or one for each of the {rows} rows"

@@ -66,7 +66,7 @@ def _pooled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.mean((2, 3)), x.amax((2, 3))
 
 
-class EverySecond(nn.Module):
+class Subsample(nn.Module):
     """[B, C, H, W] -> every `stride`-th row and column."""
 
     def __init__(self, stride: int) -> None:
@@ -80,7 +80,7 @@ class EverySecond(nn.Module):
 
 def _plain(entering: int, width: int, kernel: int, stride: int) -> list[nn.Module]:
     if kernel == 1 and stride > 1:  # the same, and oneDNN's backward pass of a strided 1 x 1 convolution crashes
-        return [EverySecond(stride), nn.Conv2d(entering, width, 1, bias=False)]
+        return [Subsample(stride), nn.Conv2d(entering, width, 1, bias=False)]
     return [nn.Conv2d(entering, width, kernel, stride, kernel // 2, bias=False)]
 
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from models import QUICK, Compiled
 
 from offramp.compiler import Costs, Records, select
-from offramp.compiler.certify import certified, rows_needed, upper_bound
+from offramp.compiler.certify import certified, plan_path, rows_needed, upper_bound
 from offramp.compiler.dial import TOLERANCES, among, dial, evidence, merged
 from offramp.compiler.thresholds import disagreement, exits_taken, expected_cost
 from offramp.runtime import load
 from offramp.runtime.manifest import Plan
 
-COSTS = Costs(np.array([2.0, 3.0, 1.0, 4.0]), np.array([0.1, 0.2, 0.1]))
+COSTS = Costs(np.array([2.0, 3.0, 1.0, 4.0]), np.array([0.6, 0.5, 0.4]))  # heads so dear that not all exits pay
 
 
 def records(rows: int, seed: int) -> Records:
@@ -57,15 +57,19 @@ def test_certificates_are_the_plans_own_and_absent_where_rows_are_too_few() -> N
     chosen, made, recorded = plans("certified", 500)
     assert chosen, "else there is nothing to turn"
     held_out = among(recorded["certify"], chosen)
+    sets = len({plan.chosen for plan in plan_path(recorded["select"], COSTS, 0.02)})
+    assert sets > 1, "else the certification rows decide nothing about the exits"
     for plan in made:
-        if rows_needed(plan.tolerance, 0.05) > 500:
+        level = 0.05 if plan.tolerance == 0.02 else 0.05 / sets
+        if rows_needed(plan.tolerance, level) > 500:
             assert (plan.certificate, plan.policy) == (None, "predicted")
             continue
         assert plan.certificate is not None
+        assert plan.certificate.delta == 0.05
         observed = round(disagreement(held_out, range(len(chosen)), limits(plan)) * 500)
         assert plan.certificate.observed == observed
         if any(t is not None for t in plan.thresholds):
-            assert plan.certificate.bound == upper_bound(observed, 500, 0.05) <= plan.tolerance
+            assert plan.certificate.bound == upper_bound(observed, 500, level) <= plan.tolerance
     assert {plan.policy for plan in made} == {"certified", "predicted"}
 
 

@@ -105,6 +105,7 @@ def test_every_row_may_have_a_tolerance_of_its_own(session: Session, size: int) 
         (float("nan"), "tolerance nan is not a share of rows"),
         (np.array([0.01, 0.01]), r"tolerance is float64 \[2\]; give one number, or one for each of the 3 rows"),
         (np.array(["a", "b", "c"]), "give one number"),
+        ("much", "tolerance 'much' is not a share of rows"),
         (np.array([0.0, 0.5, 1.5]), "tolerance 1.5 is not a share of rows"),
     ],
 )
