@@ -215,14 +215,15 @@ def train(ready: Ready, options: Options, folder: Path, say: Say = lambda line: 
     if len(parts) > 1:
         say(f"the memory budget takes the {len(candidates)} candidates in {len(parts)} groups, one after the other")
     for index, group in enumerate(parts):
-        found = Found(default_heads(backbone, group), {}, ())
+        found = Found(default_heads(backbone, group), {}, tuple(c.name for c in group), ())
         if search.engine != NONE:
             found = search_heads(
                 backbone, group, rows, learn=splits.distil, select=splits.select, tolerance=options.tolerance,
                 search=search, training=training, seed=options.seed, folder=folder / f"search{index}", report=say,
             )  # fmt: skip
+        taken = tuple(candidate for candidate in group if candidate.name in found.shortlist)
         heads += distil(
-            backbone, group, found.configs, rows, learn=splits.distil, validate=splits.calibrate, training=training,
+            backbone, taken, found.configs, rows, learn=splits.distil, validate=splits.calibrate, training=training,
             seed=options.seed, rates=found.rates, folder=folder / f"heads{index}", report=say,
         )  # fmt: skip
     return tuple(heads)

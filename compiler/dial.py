@@ -39,8 +39,8 @@ def dial(
     """Plans by rising tolerance, `chosen` among them; none but it when it has no exits."""
     plans = {chosen.tolerance: Plan(chosen.tolerance, policy, _stored(chosen.thresholds), certificate)}
     if chosen.chosen:
-        own = {part: among(kept, chosen.chosen) for part, kept in recorded.items()}
-        price = merged(costs, chosen.chosen)
+        own = {part: kept.among(chosen.chosen) for part, kept in recorded.items()}
+        price = costs.among(chosen.chosen)
         sets = 1
         if policy == CERTIFIED:
             sets = len({plan.chosen for plan in plan_path(recorded["select"], costs, chosen.tolerance)})
@@ -48,20 +48,6 @@ def dial(
             if tolerance not in plans:
                 plans[tolerance] = _plan(own, price, tolerance, policy, delta, sets)
     return tuple(plans[tolerance] for tolerance in sorted(plans))
-
-
-def among(records: Records, chosen: Sequence[int]) -> Records:
-    """What some of the candidates said."""
-    columns = list(chosen)
-    return Records(
-        np.ascontiguousarray(records.confidence[:, columns]), np.ascontiguousarray(records.agrees[:, columns])
-    )
-
-
-def merged(costs: Costs, chosen: Sequence[int]) -> Costs:
-    """The compute between some of the candidates, and their heads'."""
-    reach = np.append(costs.reach[list(chosen)], costs.reach[-1])
-    return Costs(np.diff(reach, prepend=0.0), costs.head[list(chosen)])
 
 
 def _plan(

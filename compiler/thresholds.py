@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,15 @@ class Records:
     def candidates(self) -> int:
         return int(self.confidence.shape[1])
 
+    def among(self, chosen: Sequence[int]) -> Records:
+        """What some of the candidates said."""
+        columns = list(chosen)
+        return replace(
+            self,
+            confidence=np.ascontiguousarray(self.confidence[:, columns]),
+            agrees=np.ascontiguousarray(self.agrees[:, columns]),
+        )
+
     @property
     def risk(self) -> Floats:
         """[rows, candidates] in [0, 1]: what answering that row at that exit risks."""
@@ -84,6 +93,11 @@ class Costs:
     def reach(self) -> Floats:
         """[candidates + 1] backbone compute from the input to each candidate, last to the output."""
         return np.cumsum(self.segment)
+
+    def among(self, chosen: Sequence[int]) -> Costs:
+        """With some of the candidates only: the segments between them join."""
+        reach = np.append(self.reach[list(chosen)], self.reach[-1])
+        return Costs(np.diff(reach, prepend=0.0), self.head[list(chosen)])
 
 
 @dataclass(frozen=True)

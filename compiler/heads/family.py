@@ -24,7 +24,7 @@ WIDTHS = (8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
 BUDGET = 0.035  # of the backbone's FLOPs, for a default head
 COST, LEARNING_RATE = "cost", "learning_rate"  # what every space has beside the family's own choices
 SHARED_SPACE: Mapping[str, Mapping[str, Any]] = {
-    COST: {"_type": "choice", "_value": [0.005, 0.01, 0.02, 0.035, 0.06]},
+    COST: {"_type": "choice", "_value": [0.005, 0.01, 0.02, 0.035]},
     LEARNING_RATE: {"_type": "loguniform", "_value": [1e-3, 1e-2]},
 }
 

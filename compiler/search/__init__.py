@@ -1,7 +1,7 @@
 """Head search: engines propose, all proposed heads of all candidates learn from one stream, the better half goes on."""
 
 from .engine import ENGINES, Engine, Proposal, RandomEngine, check_space, make_engine, read_spaces
-from .objective import saved_at, worth
+from .objective import saved_at, shortlist, worth
 from .waves import NONE, Found, Search, search_heads
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "read_spaces",
     "saved_at",
     "search_heads",
+    "shortlist",
     "worth",
 ]

@@ -1,4 +1,8 @@
-"""What a head is worth: the compute an exit of it alone would save at the tolerance, its own price included."""
+"""What a head is worth: the compute an exit of it alone would save at the tolerance, its own price included.
+
+And what the best heads are worth beside each other: most of a dozen places never become an exit, because a neighbour
+does the same, so that training all of them to the end is time for nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..joint import column
+from ..thresholds import Costs, Records, joint
 
 AROUND = (0.5, 1.0, 2.0)  # times the tolerance: one alone hangs on the few rows next to its threshold
 
@@ -30,3 +35,19 @@ def saved_at(
     """The same for each of some tolerances; never less than 0, for an exit that costs more is left out."""
     entry = column(confidence, (~agrees).astype(np.float64))
     return [max(0.0, entry.longest(t) / len(confidence) * after - price) for t in tolerances]
+
+
+def shortlist(records: Records, costs: Costs, tolerance: float, limit: int) -> tuple[int, ...]:
+    """The `limit` candidates that together save most, mean over tolerances around the one asked for; ascending.
+
+    From all of them one after the other is left out, each time the one whose absence costs least.
+    """
+    kept = tuple(range(records.candidates))
+    while len(kept) > limit:
+        fewer = [tuple(other for other in kept if other != left_out) for left_out in kept]
+        kept = min(fewer, key=lambda some: _spent(records.among(some), costs.among(some), tolerance))
+    return kept
+
+
+def _spent(records: Records, costs: Costs, tolerance: float) -> float:
+    return float(np.mean([joint(records, costs, min(1.0, a * tolerance)).expected_cost for a in AROUND]))

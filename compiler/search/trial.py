@@ -21,6 +21,18 @@ from .objective import worth
 METRIC = METRICS[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a head said of the selection rows."""
+
+    confidence: np.ndarray  # [rows] float32
+    agrees: np.ndarray  # [rows] bool
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """For `torch.save`; `Answers(**{k: t.numpy() ...})` is the way back."""
+        return {"confidence": torch.from_numpy(self.confidence), "agrees": torch.from_numpy(self.agrees)}
+
+
 @dataclass(eq=False)
 class Trial:
     """A head on trial. `proposal` is None for the candidate's default head, which every other must beat."""
@@ -33,6 +45,7 @@ class Trial:
     after: float  # share of the backbone's compute behind the candidate
     price: float  # the head's own share
     scores: dict[int, float] = field(default_factory=dict)  # by epochs it had learned for; see `objective.worth`
+    answers: Answers | None = field(default=None, repr=False)  # when it was last scored
 
     @property
     def epochs(self) -> int:
@@ -113,9 +126,9 @@ def score(trials: Sequence[Trial], observed: Iterable[Observed], tolerance: floa
                 agrees[id(trial)].append((logits.argmax(1) == classes).numpy())
             batch.values.clear()
     for trial in trials:
-        trial.scores[epochs] = worth(
-            np.concatenate(sure[id(trial)]), np.concatenate(agrees[id(trial)]), trial.after, trial.price, tolerance
-        )
+        said = Answers(np.concatenate(sure[id(trial)]), np.concatenate(agrees[id(trial)]))
+        trial.answers = said
+        trial.scores[epochs] = worth(said.confidence, said.agrees, trial.after, trial.price, tolerance)
 
 
 def better_half(trials: Sequence[Trial]) -> list[Trial]:

@@ -5,6 +5,7 @@
              the rest learn to the end and are scored again; the engine is told how much better than the
              default head each was
     wave 2   ... proposals that know of wave 1; the same rows, augmented the same way, are read from disk
+    the best head of every candidate is known; of the candidates those stay that save most together
 
 A family has one engine for all its candidates: its space speaks of shares of compute, so what is learned at one
 depth tells of another. Interrupted after an epoch, the search goes on from its checkpoint: engines are asked and
@@ -35,9 +36,11 @@ from ..kept import Kept
 from ..learner import Learner
 from ..progress import bar
 from ..stream import Stream, mix
+from ..thresholds import Costs, Records
 from ..training import Training
 from .engine import ENGINES, Engine, Proposal, check_space, make_engine
-from .trial import Place, Trial, better_half, learning_rate, places, score
+from .objective import shortlist
+from .trial import Answers, Place, Trial, better_half, learning_rate, places, score
 
 NONE = "none"
 CHECKPOINT = "search.pt"
@@ -51,6 +54,7 @@ class Search:
     trials: int = 4  # per candidate, beside its default head
     waves: int = 2
     epochs: int = 4  # that the better half of a wave learns for
+    shortlist: int = 6  # candidates that stay, to be trained to the end
     spaces: Mapping[str, Space] = field(default_factory=dict)  # by family, in place of the family's own
 
     def __post_init__(self) -> None:
@@ -62,6 +66,8 @@ class Search:
             raise UsageError(
                 f"{self.epochs} epochs of search; give 2 or more, for half of them come before the halving"
             )
+        if self.shortlist < 1:
+            raise UsageError(f"a shortlist of {self.shortlist} candidates; give 1 or more")
         for name, space in self.spaces.items():
             if name not in FAMILIES:
                 raise UsageError(f"search space for head family {name!r}, which is none of {', '.join(FAMILIES)}")
@@ -74,10 +80,11 @@ class Search:
 
 @dataclass(frozen=True)
 class Found:
-    """The head of every candidate, by candidate name, and what was tried on the way."""
+    """The head of every candidate, by candidate name, which candidates to go on with, what was tried on the way."""
 
     configs: Mapping[str, HeadConfig]
     rates: Mapping[str, float]
+    shortlist: tuple[str, ...]  # names, shallow to deep
     trials: tuple[Mapping[str, Any], ...]  # see `Trial.record`
 
 
@@ -105,6 +112,15 @@ def search_heads(
     return _Searcher(stream, learn, select, tolerance, search, training, folder, report).run()
 
 
+@dataclass(frozen=True, eq=False)
+class Best:
+    """The best head of a candidate so far."""
+
+    score: float
+    price: float  # its share of the backbone's compute
+    answers: Answers
+
+
 class _Searcher:
     """The state of one search: engines, finished waves, and the wave under way."""
 
@@ -127,6 +143,7 @@ class _Searcher:
         self.halfway = search.epochs // 2
         self.finished: list[list[dict[str, Any]]] = []  # records by wave
         self.baselines: dict[tuple[int, int], float] = {}  # (candidate, epochs) -> the default head's score
+        self.best: dict[int, Best] = {}  # by candidate, of those that learned to the end
         self.fingerprint = self._fingerprint()
 
     def run(self) -> Found:
@@ -163,6 +180,9 @@ class _Searcher:
             for trial, record in zip(trials, records, strict=True):
                 trial.scores = record["scores"]
             self._finish(trials)
+        for index, best in state["best"].items():
+            said = Answers(best["confidence"].numpy(), best["agrees"].numpy())
+            self.best[index] = Best(best["score"], best["price"], said)
         under_way: Mapping[str, Any] | None = state["wave"]
         epochs = f" and {under_way['epoch']} epochs" if under_way else ""
         self.report(f"search goes on after {len(self.finished)} waves{epochs}")
@@ -199,6 +219,8 @@ class _Searcher:
                 score(alive, kept.plain("select", self.select), self.tolerance, epoch + 1)
             if epoch + 1 == self.halfway:
                 alive = better_half(alive)
+            if epoch + 1 == self.search.epochs:
+                self._remember(alive)
             self._save({"epoch": epoch + 1, "trials": states(trials, alive)})
 
     def _learn_epoch(self, epoch: int, alive: Sequence[Trial], kept: Kept) -> None:
@@ -223,6 +245,23 @@ class _Searcher:
                 self.engines[self.places[trial.candidate].family].tell(trial.proposal, gain)
         self.finished.append([trial.record() for trial in trials])
 
+    def _remember(self, trials: Sequence[Trial]) -> None:
+        """What the best head of every candidate said of the selection rows."""
+        for trial in trials:
+            before = self.best.get(trial.candidate)
+            if trial.answers is not None and (before is None or trial.score > before.score):
+                self.best[trial.candidate] = Best(trial.score, trial.price, trial.answers)
+
+    def _shortlist(self) -> tuple[str, ...]:
+        best = [self.best[place.index] for place in self.places]
+        depths = [p.candidate.flops_before / p.total if p.total else 0.0 for p in self.places]
+        said = Records(
+            np.column_stack([b.answers.confidence for b in best]), np.column_stack([b.answers.agrees for b in best])
+        )
+        price = Costs(np.diff([0.0, *depths, 1.0]), np.array([b.price for b in best]))
+        kept = shortlist(said, price, self.tolerance, self.search.shortlist)
+        return tuple(self.places[i].candidate.name for i in kept)
+
     def _found(self) -> Found:
         """Of those that learned to the end the best at every candidate; of equals the earlier, the default first."""
         records = [record for wave in self.finished for record in wave]
@@ -236,7 +275,10 @@ class _Searcher:
         self.report(
             f"searched {len(records)} heads at {len(self.places)} candidates; {other} take another than the default one"
         )
-        return Found(configs, rates, tuple(records))
+        kept = self._shortlist()
+        if len(kept) < len(self.places):
+            self.report(f"{len(kept)} of {len(self.places)} candidates go on, those whose exits save most together")
+        return Found(configs, rates, kept, tuple(records))
 
     def _fingerprint(self) -> str:
         """What the checkpoint belongs to: everything the search is asked to do."""
@@ -253,7 +295,8 @@ class _Searcher:
         return digest.hexdigest()
 
     def _save(self, under_way: Mapping[str, Any] | None) -> None:
-        state = {"fingerprint": self.fingerprint, "finished": self.finished, "wave": under_way}
+        best = {i: {"score": b.score, "price": b.price, **b.answers.state()} for i, b in self.best.items()}
+        state = {"fingerprint": self.fingerprint, "finished": self.finished, "wave": under_way, "best": best}
         save_state(state, self.folder / CHECKPOINT)
 
 

@@ -12,7 +12,7 @@ from models import QUICK, Compiled
 
 from offramp.compiler import Costs, Records, select
 from offramp.compiler.certify import certified, plan_path, rows_needed, upper_bound
-from offramp.compiler.dial import TOLERANCES, among, dial, evidence, merged
+from offramp.compiler.dial import TOLERANCES, dial, evidence
 from offramp.compiler.thresholds import disagreement, exits_taken, expected_cost
 from offramp.runtime import load
 from offramp.runtime.manifest import Plan
@@ -45,7 +45,7 @@ def limits(plan: Plan) -> tuple[float, ...]:
 @given(st.integers(0, 1000), st.sampled_from(["joint", "equal", "geometric"]))
 def test_every_plan_keeps_to_its_tolerance_on_the_rows_it_was_chosen_on(seed: int, policy: str) -> None:
     chosen, made, recorded = plans(policy, 400, seed)
-    kept = among(recorded["select"], chosen)
+    kept = recorded["select"].among(chosen)
     everyone = tuple(range(len(chosen)))
     assert [p.tolerance for p in made] == (sorted({*TOLERANCES, 0.02}) if chosen else [0.02])
     for plan in made:
@@ -56,7 +56,7 @@ def test_every_plan_keeps_to_its_tolerance_on_the_rows_it_was_chosen_on(seed: in
 def test_certificates_are_the_plans_own_and_absent_where_rows_are_too_few() -> None:
     chosen, made, recorded = plans("certified", 500)
     assert chosen, "else there is nothing to turn"
-    held_out = among(recorded["certify"], chosen)
+    held_out = recorded["certify"].among(chosen)
     sets = len({plan.chosen for plan in plan_path(recorded["select"], COSTS, 0.02)})
     assert sets > 1, "else the certification rows decide nothing about the exits"
     for plan in made:
@@ -77,7 +77,7 @@ def test_a_plan_over_some_exits_costs_what_it_costs_over_all() -> None:
     kept = records(300, 3)
     for chosen in [(0,), (2,), (0, 2), (0, 1, 2)]:
         thresholds = (0.7,) * len(chosen)
-        own, price = among(kept, chosen), merged(COSTS, chosen)
+        own, price = kept.among(chosen), COSTS.among(chosen)
         positions = tuple(range(len(chosen)))
         assert np.array_equal(exits_taken(own, positions, thresholds), exits_taken(kept, chosen, thresholds))
         assert expected_cost(own, price, positions, thresholds) == pytest.approx(

@@ -20,8 +20,10 @@ from torch import nn
 
 from offramp.compiler import (
     FAMILIES,
+    Costs,
     HeadConfig,
     Options,
+    Records,
     Training,
     build_head,
     compile,
@@ -48,7 +50,7 @@ from offramp.compiler.heads import (
 from offramp.compiler.kept import Kept
 from offramp.compiler.learner import Learner
 from offramp.compiler.memory import groups
-from offramp.compiler.search import Found, Search, saved_at, search_heads, worth
+from offramp.compiler.search import Found, Search, saved_at, search_heads, shortlist, worth
 from offramp.compiler.stream import Stream
 from offramp.passes import Backbone, Candidate, find_candidates
 from offramp.runtime.data import ArrayRows
@@ -154,6 +156,18 @@ def test_worth_is_the_compute_saved_less_the_price() -> None:
     )
     assert saved_at(sure, ~agrees, 0.8, 0.05, [0.0]) == [0.0], "an exit that costs more than it saves is left out"
     assert worth(sure, agrees, 0.8, 0.05, 0.02) == pytest.approx((0.61 + 0.62 + 0.64) / 3 * 0.8 - 0.05)
+
+
+def test_a_shortlist_leaves_out_what_its_neighbours_do_as_well() -> None:
+    rng = np.random.default_rng(0)
+    sure = rng.random((400, 3), dtype=np.float32)
+    agrees = rng.random((400, 3)) < sure
+    agrees[:, 2], sure[:, 2] = agrees[:, 1], sure[:, 1]  # the third says what the second says, and later
+    costs = Costs(np.array([0.2, 0.2, 0.1, 0.5]), np.array([0.01, 0.01, 0.01]))
+    assert shortlist(Records(sure, agrees), costs, 0.05, 2) == (0, 1)
+    assert shortlist(Records(sure, agrees), costs, 0.05, 3) == (0, 1, 2)
+    useless = np.array([True, False, True])
+    assert shortlist(Records(sure, agrees & useless), costs, 0.05, 2) == (0, 2)
 
 
 def test_strided_convolutions_of_one_pixel_are_convolutions_of_every_second_one() -> None:
@@ -377,6 +391,19 @@ def test_an_interrupted_search_goes_on_to_the_same_heads(
     assert any(line.startswith("search goes on after") for line in said) == (after > 8)
 
 
+def test_only_the_shortlist_is_trained_to_the_end(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((400, 6)).astype(np.float32)
+    options = Options(
+        tolerance=1.0, policy="joint", batches=(), targets=("onnx-segments",), training=Training(epochs=2, batch=32),
+        search=Search(engine="built-in", trials=1, waves=1, epochs=2, shortlist=1),
+    )  # fmt: skip
+    said: list[str] = []
+    manifest = compile(sure_chain(64), rows, tmp_path / "one", options=options, say=said.append)
+    assert "1 of 2 candidates go on, those whose exits save most together" in said
+    assert any(line.startswith("distilling 1 heads on") for line in said)
+    assert len(manifest.exits) <= 2
+
+
 def test_another_jobs_checkpoint_is_not_taken_up(
     backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, tmp_path: Path
 ) -> None:
@@ -393,6 +420,7 @@ def test_another_jobs_checkpoint_is_not_taken_up(
         ({"trials": 1}, "1 trials in 2 waves"),
         ({"waves": 0}, "in 0 waves"),
         ({"epochs": 1}, "1 epochs of search"),
+        ({"shortlist": 0}, "a shortlist of 0 candidates"),
         ({"spaces": {"tree": {}}}, "head family 'tree', which is none of conv"),
         ({"spaces": {"dense": {}}}, "the search space is empty"),
         ({"spaces": {"dense": {"cost": {"_type": "choice", "_value": [0.1]}}}}, "search space of dense lacks dense"),
