@@ -37,9 +37,9 @@ from offramp.compiler import (
     record,
     train,
 )
-from offramp.compiler.dial import CERTIFIED
 from offramp.compiler.measure import machine, versions
 from offramp.runtime.manifest import Manifest
+from offramp.runtime.selection import CERTIFIED
 from offramp.runtime.table import percent, render
 
 MODELS = {"resnet20": resnet20, "resnet56": resnet56}

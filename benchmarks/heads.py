@@ -38,8 +38,8 @@ from offramp.compiler import (
 )
 from offramp.compiler.measure import machine, versions
 from offramp.compiler.search import NONE, Search
-from offramp.compiler.thresholds import oracle_cost
 from offramp.runtime.errors import InputError
+from offramp.runtime.selection import oracle_cost
 from offramp.runtime.table import percent
 
 RESULTS = Path(__file__).parent / "results" / "heads.json"

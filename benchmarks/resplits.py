@@ -19,7 +19,7 @@ import numpy as np
 from offramp.compiler import Costs, Options, Recording, Records
 from offramp.compiler.compile import choose_exits, records
 from offramp.compiler.measure import usable_cores
-from offramp.compiler.thresholds import disagreement, exits_taken, expected_cost
+from offramp.runtime.selection import disagreement, exits_taken, expected_cost
 
 SPLITS = 10  # per training seed
 SHARES = (0.4, 0.7)  # ends of select and certify: 40 % select, 30 % certify, 30 % test

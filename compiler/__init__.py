@@ -13,9 +13,22 @@
 `compile` is these calls in a row and nothing else.
 """
 
+from offramp.runtime.selection import (
+    POLICIES,
+    Certified,
+    Costs,
+    Records,
+    Selection,
+    certified,
+    equal,
+    geometric,
+    joint,
+    rows_needed,
+    select,
+)
+
 from .augment import AUGMENTATIONS, Augment
 from .capture import capture
-from .certify import Certified, certified, rows_needed
 from .compile import Ready, as_rows, choose_candidates, compile, costs, exit_plan, finish, prepare, records, train
 from .distill import Head, default_heads, distil
 from .emit import ALL_TARGETS, TARGETS, emit
@@ -29,7 +42,6 @@ from .record import Recording, calibrate, record
 from .search import ENGINES, Found, Search, search_heads
 from .signature import Signature
 from .splits import RowSplits, check_splits, split_rows
-from .thresholds import POLICIES, Costs, Records, Selection, equal, geometric, joint, select
 from .training import Training
 
 __all__ = [

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from offramp.passes import Candidates, find_candidates
+from offramp.passes import METRICS, Candidates, find_candidates
 from offramp.passes.backbone import SCORES
 from offramp.runtime.commands import Command, positive, write_arrays
 from offramp.runtime.data import open_data
 from offramp.runtime.errors import UsageError
 from offramp.runtime.reference import is_reference, load_reference
+from offramp.runtime.selection import RISKS
 from offramp.runtime.session import load
 from offramp.runtime.table import human, percent, render
 
@@ -179,6 +180,15 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
         "evenly (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--risk", choices=list(RISKS), default=Options.risk, metavar="RISK",
+        help="that the tolerance bounds: disagreement, or regret, the backbone's own estimate of the accuracy lost "
+        "(default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metric", choices=METRICS, default=Options.metric, metavar="METRIC",
+        help=f"of confidence: {', '.join(METRICS)} (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--delta", type=float, default=Options.delta, metavar="P",
         help="how often the certificate may be wrong (default %(default)s)",
     )  # fmt: skip
@@ -249,6 +259,8 @@ def _run_compile(args: argparse.Namespace) -> int:
         tolerance=args.tolerance,
         policy=args.policy,
         delta=args.delta,
+        risk=args.risk,
+        metric=args.metric,
         seed=args.seed,
         targets=tuple(dict.fromkeys(args.target or TARGETS)),
         training=Training(epochs=args.epochs, augment=args.augment, device=args.device, kept_bytes=args.disk_budget),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from offramp.passes import (
+    METRICS,
     Backbone,
     Candidate,
     Candidates,
@@ -36,22 +37,33 @@ from offramp.runtime.data import ArrayRows, Rows, fit_rows
 from offramp.runtime.engine import ModelBytes
 from offramp.runtime.errors import InputError, NoCandidateError, UsageError
 from offramp.runtime.manifest import Certificate, Manifest
+from offramp.runtime.selection import (
+    CERTIFIED,
+    DISAGREEMENT,
+    Costs,
+    Records,
+    Selection,
+    certified,
+    check_rows,
+    dial,
+    evidence,
+    exit_sets,
+    select,
+)
 
 from .augment import apply, find_augmentation
 from .capture import bind, capture
-from .certify import certified, check_rows
-from .dial import CERTIFIED, dial, evidence
 from .distill import Head, default_heads, distil
 from .emit import plain_model
 from .heads import head_flops
 from .independence import keep_independent
 from .memory import groups
-from .package import METRIC, Job, Options, input_specs, pack
+from .package import Job, Options, input_specs, pack
+from .progress import bar
 from .record import Recording, calibrate, record
 from .search import NONE, Found, search_heads
 from .splits import RowSplits, check_splits, split_rows
 from .stream import tensors
-from .thresholds import Costs, Records, Selection, select
 
 _EXAMPLE_ROWS = 8
 _MARGIN = 0.05  # by which a head's loss must be under that of a constant answer
@@ -147,20 +159,24 @@ def finish(
     calibration = record(backbone, heads, rows, splits.calibrate, "calibrate")
     heads, calibration = keep_beyond_chance(heads, calibration, say)
     temperatures = calibrate(calibration)
-    recorded = {
-        part: records(record(backbone, heads, rows, getattr(splits, part), part), temperatures)
-        for part in ("select", "certify", "test")
-    }
+    said = {p: record(backbone, heads, rows, getattr(splits, p), p) for p in ("select", "certify", "test")}
+    recorded = {p: records(one, temperatures, options.metric, options.risk) for p, one in said.items()}
     price = costs(backbone, heads)
     selection, certificate = choose_exits(recorded, price, options)
-    seen = f"{selection.disagreement:.2%} disagreement on the {len(splits.select)} rows they were chosen on"
+    seen = f"{selection.risk:.2%} {options.risk} on the {len(splits.select)} rows they were chosen on"
     say(f"{len(selection.chosen)} exits chosen by {options.policy}: {seen}")
     with observed(*_observers(ready.trace, options)):
         program = build_program(
-            backbone, exit_plan(selection, heads, temperatures), {h.candidate.name: h.module for h in heads}
+            backbone,
+            exit_plan(selection, heads, temperatures, options.metric),
+            {h.candidate.name: h.module for h in heads},
         )
-    plans = dial(selection, certificate, recorded, price, options.dial, options.policy, options.delta)
-    job = Job(rows, splits, heads, temperatures, recorded, price, selection, plans, ready.plain, options, ready.trace)
+    sets = exit_sets(recorded["select"], price, options.tolerance, options.policy)
+    plans = dial(selection, certificate, recorded, price, options.dial, options.policy, options.delta, sets)
+    job = Job(
+        rows, splits, heads, temperatures, recorded, said["test"], sets, price, selection, plans, ready.plain, options,
+        ready.trace,
+    )  # fmt: skip
     manifest, files = pack(program, job)
     write_artifact(Path(out), manifest, files)
     return manifest
@@ -258,8 +274,12 @@ def choose_exits(
     """The exits of the policy asked for, and the certificate if it gives one."""
     if options.policy != CERTIFIED:
         return select(options.policy, recorded["select"], price, options.tolerance), None
-    found = certified(recorded["select"], recorded["certify"], price, options.tolerance, options.delta)
+    found = certified(recorded["select"], recorded["certify"], price, options.tolerance, options.delta, _watched)
     return found.selection, evidence(found)
+
+
+def _watched(path: Sequence[float]) -> Iterable[float]:
+    return bar(path, "choose exits", len(path))
 
 
 def costs(backbone: Backbone, heads: Sequence[Head]) -> Costs:
@@ -270,16 +290,22 @@ def costs(backbone: Backbone, heads: Sequence[Head]) -> Costs:
     return Costs(np.diff([0.0, *depths, total]), np.array(own, np.float64))
 
 
-def records(recording: Recording, temperatures: Sequence[float]) -> Records:
+def records(
+    recording: Recording, temperatures: Sequence[float], metric: str = METRICS[0], risk: str = DISAGREEMENT
+) -> Records:
     """What selection reads of a recording."""
     agrees = recording.classes() == recording.backbone_classes[:, None]
-    return Records(recording.confidence(temperatures, METRIC), agrees)
+    chance = recording.confidence(temperatures, METRICS[0])  # of all metrics the one that temperatures calibrate
+    sure = chance if metric == METRICS[0] else recording.confidence(temperatures, metric)
+    return Records(sure, agrees, chance, recording.regret(), risk)
 
 
-def exit_plan(selection: Selection, heads: Sequence[Head], temperatures: Sequence[float]) -> ExitPlan:
+def exit_plan(
+    selection: Selection, heads: Sequence[Head], temperatures: Sequence[float], metric: str = METRICS[0]
+) -> ExitPlan:
     """The selection in the words of the passes."""
     exits = tuple(
         PlannedExit(heads[index].candidate.name, temperatures[index], threshold)
         for index, threshold in zip(selection.chosen, selection.thresholds, strict=True)
     )
-    return ExitPlan(exits, METRIC, selection.policy, selection.tolerance)
+    return ExitPlan(exits, metric, selection.policy, selection.tolerance)

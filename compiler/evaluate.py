@@ -25,6 +25,7 @@ class Outcome:
     exits: np.ndarray  # [rows] int64, where each row left
     classes: np.ndarray  # [rows] int64, what it was answered
     all_classes: np.ndarray  # [E, rows] int64, what every exit would have answered
+    backbone: np.ndarray  # [rows, K] float32, the backbone's probabilities
 
     @property
     def backbone_classes(self) -> np.ndarray:
@@ -35,14 +36,24 @@ class Outcome:
 
 def run_program(program: ExitProgram, data: Rows, rows: np.ndarray) -> Outcome:
     """Run the program eagerly over `rows`, and once more with compaction off."""
-    exits, classes, every = [], [], []
+    exits, classes, every, backbone = [], [], [], []
     for piece in bar(list(batches(rows, _BATCH)), "evaluate"):
         inputs = bind(program.backbone.inputs, tensors(data, piece), program.backbone.name)
         probabilities, index = program(*inputs)
         exits.append(index.numpy())
         classes.append(probabilities.argmax(1).numpy())
-        every.append(program.all_exits(*inputs).argmax(2).numpy())
-    return Outcome(np.concatenate(exits), np.concatenate(classes), np.concatenate(every, axis=1))
+        everywhere = program.all_exits(*inputs)
+        every.append(everywhere.argmax(2).numpy())
+        backbone.append(everywhere[-1].numpy())
+    return Outcome(
+        np.concatenate(exits), np.concatenate(classes), np.concatenate(every, axis=1), np.concatenate(backbone)
+    )
+
+
+def regret(backbone: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Probabilities `[rows, K]`, classes `[rows]` -> `[rows]` float32 in [0, 1]: p(the backbone's class) - p(class)."""
+    given: np.ndarray = backbone.max(1) - backbone[np.arange(len(backbone)), classes]
+    return given
 
 
 def head_costs(program: ExitProgram) -> tuple[int, ...]:
@@ -76,6 +87,7 @@ def evaluate(program: ExitProgram, outcome: Outcome, labels: np.ndarray | None) 
         exits=tuple(exits),
         disagreement=differs / rows,
         disagreement_interval=(float(interval.low), float(interval.high)),
+        regret=float(regret(outcome.backbone, outcome.classes).mean()),
         accuracy_backbone=None if labels is None else float((outcome.backbone_classes == labels).mean()),
         accuracy=None if labels is None else float((outcome.classes == labels).mean()),
         flops_backbone=float(segments[-1]),

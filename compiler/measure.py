@@ -20,7 +20,7 @@ import numpy as np
 from offramp.runtime.artifact import Artifact
 from offramp.runtime.data import Rows
 from offramp.runtime.engine import EngineSession, ModelBytes
-from offramp.runtime.execution import Executor, Segments, SingleFile
+from offramp.runtime.execution import ASK, Executor, Segments, SingleFile
 from offramp.runtime.manifest import Timing
 from offramp.runtime.session import Session
 
@@ -107,7 +107,9 @@ class Bench:
             live: Mapping[str, np.ndarray] = batch
             for index, (stage, spec) in enumerate(zip(self.stages, self.specs, strict=True)):
                 kept = [name for name in spec.outputs if name in spec.carries]
-                feed = {name: live[name] for name in stage.inputs}
+                feed = {name: live[name] for name in stage.inputs if name != ASK}
+                if ASK in stage.inputs:
+                    feed[ASK] = np.array(self.thresholds[index] < np.inf)
                 start = time.perf_counter()
                 values = stage.run([*kept, "probabilities", "confidence"], feed)
                 seconds[index] += time.perf_counter() - start

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from offramp.passes import Backbone, ExitProgram, Limits, Trace
-from offramp.passes.plan import METRICS
+from offramp.passes import METRICS, Backbone, ExitProgram, Limits, Trace
 from offramp.runtime.artifact import Artifact, file_spec, open_artifact, write_artifact
 from offramp.runtime.data import Rows
 from offramp.runtime.engine import ModelBytes
@@ -32,25 +31,25 @@ from offramp.runtime.manifest import (
     TensorSpec,
     Timing,
 )
+from offramp.runtime.selection import CERTIFIED, DISAGREEMENT, POLICIES, RISKS, TOLERANCES, Costs, Records, Selection
 from offramp.runtime.session import load
 from offramp.runtime.trace import PASSES_FILE, dump_passes
+from offramp.runtime.tune import RECORDS_FILE, RIGHT_FILE
 
 from . import measure
-from .dial import CERTIFIED, TOLERANCES
 from .distill import Head
 from .emit import SCRIPT, TARGETS, check_targets, emit
 from .emit.metadata import known_before
 from .emit.torchscript import ScriptSession
 from .equivalence import compare, require
 from .evaluate import evaluate, head_costs, run_program
+from .record import Recording
 from .report import render_report
 from .search import Search
 from .signature import Signature
 from .splits import RowSplits
-from .thresholds import POLICIES, Costs, Records, Selection
 from .training import Training
 
-METRIC = METRICS[0]
 ALL_POLICIES = (CERTIFIED, *POLICIES)
 _CHECKED_ROWS = 256
 
@@ -61,6 +60,8 @@ class Options:
 
     tolerance: float = 0.01  # share of rows whose early answer may differ from the backbone's
     policy: str = CERTIFIED
+    risk: str = DISAGREEMENT  # that `tolerance` bounds
+    metric: str = METRICS[0]  # of confidence
     dial: tuple[float, ...] = TOLERANCES  # that a deployment may turn to, beside `tolerance`
     delta: float = 0.05  # how often the certificate may be wrong
     seed: int = 0
@@ -84,6 +85,10 @@ class Options:
             raise UsageError(f"tolerance {wrong[0]} of the dial is not a share of rows; give numbers above 0, up to 1")
         if self.policy not in ALL_POLICIES:
             raise UsageError(f"policy {self.policy!r} does not exist; choose one of {', '.join(ALL_POLICIES)}")
+        if self.risk not in RISKS:
+            raise UsageError(f"risk {self.risk!r} does not exist; choose one of {', '.join(RISKS)}")
+        if self.metric not in METRICS:
+            raise UsageError(f"confidence metric {self.metric!r} does not exist; choose one of {', '.join(METRICS)}")
         if not 0 < self.delta < 1:
             raise UsageError(f"delta {self.delta} is not a probability; give a number between 0 and 1, such as 0.05")
         if self.seed < 0:
@@ -104,6 +109,8 @@ class Job:
     heads: Sequence[Head]  # of every candidate, chosen or not
     temperatures: Sequence[float]  # one per head
     recorded: Mapping[str, Records]  # splits select, certify, test
+    test: Recording  # what the heads and the backbone said of the test rows
+    sets: int  # of exits, that the certification rows decided between
     costs: Costs  # FLOPs
     selection: Selection
     plans: Sequence[Plan]  # by rising tolerance, the selection's among them
@@ -119,7 +126,7 @@ def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
     """
     known = _describe(program, job)
     stages, files = emit(program, job.options.targets, manifest=known_before(known))
-    files["records.npz"] = _records_file(job)
+    files[RECORDS_FILE] = _records_file(job)
     if job.trace.records:
         files[PASSES_FILE] = dump_passes(job.trace.records)
     draft = replace(known, stages=stages, files={name: file_spec(data) for name, data in files.items()})
@@ -132,8 +139,9 @@ def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
     measured = Measured(now, measure.machine(), measure.versions(), timings, {})
     manifest = replace(draft, measured=measured)
     page = render_report(manifest, job.recorded["select"], job.recorded["test"], job.costs)
-    measured = replace(measured, files={"report.html": file_spec(page)})
-    return replace(manifest, measured=measured), {**files, "report.html": page}
+    quoting = {"report.html": page, **_labelled_files(job)}
+    measured = replace(measured, files={name: file_spec(data) for name, data in quoting.items()})
+    return replace(manifest, measured=measured), {**files, **quoting}
 
 
 def input_specs(backbone: Backbone) -> tuple[TensorSpec, ...]:
@@ -149,8 +157,21 @@ def _records_file(job: Job) -> bytes:
         "segment_flops": job.costs.segment,
         "head_flops": job.costs.head,
     }
+    arrays["sets"] = np.array(job.sets)
     for part, kept in job.recorded.items():
-        arrays[f"{part}_confidence"], arrays[f"{part}_agrees"] = kept.confidence, kept.agrees
+        arrays |= {f"{part}_{name}": values for name, values in kept.arrays().items()}
+    return _npz(arrays)
+
+
+def _labelled_files(job: Job) -> dict[str, bytes]:
+    """`right.npz`, if there are labels: which test rows each candidate, and last the backbone, answers as they do."""
+    if job.rows.labels is None:
+        return {}
+    classes = np.column_stack([job.test.classes(), job.test.backbone_classes])
+    return {RIGHT_FILE: _npz({"right": classes == job.rows.labels[job.splits.test][:, None]})}
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a flag among the names
     return buffer.getvalue()
@@ -168,6 +189,7 @@ def _describe(program: ExitProgram, job: Job) -> Manifest:
         inputs=input_specs(backbone),
         classes=backbone.classes,
         confidence=program.plan.metric,
+        risk=job.options.risk,
         stages=(),
         exits=_exit_specs(program, [job.heads[index] for index in selection.chosen]),
         plans=tuple(job.plans),

@@ -45,6 +45,12 @@ class Recording:
         found: np.ndarray = self.logits.argmax(2).T
         return found
 
+    def regret(self) -> np.ndarray:
+        """[rows, candidates] float32 in [0, 1]: the backbone's p(its class) - p(the head's class)."""
+        given = np.take_along_axis(self.backbone, self.classes(), 1)
+        lost: np.ndarray = np.clip(self.backbone.max(1, keepdims=True) - given, 0, 1)
+        return lost
+
     def confidence(self, temperatures: Sequence[float], metric: str) -> np.ndarray:
         """[rows, candidates] float32, computed as the exit program computes it."""
         columns = [

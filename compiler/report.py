@@ -20,9 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from offramp.runtime.manifest import Manifest
+from offramp.runtime.selection import Costs, Records, disagreement, expected_cost, select
 from offramp.runtime.table import render
-
-from .thresholds import Costs, Records, disagreement, expected_cost, select
 
 TOLERANCES = (0.0, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from offramp.runtime.errors import PlanError
 
-METRICS = ("max_probability",)
+METRICS = ("max_probability", "margin", "entropy")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ shrinking, Algorithm 1). A head sees only the cut's value; nothing here says whe
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,11 +28,22 @@ from .plan import ExitPlan
 from .segments import Segment, split
 from .verify import violations
 
+_TINY = 1e-30  # its logarithm is finite in float32, and it times that is as good as 0
+
 
 def confidence(probabilities: torch.Tensor, metric: str) -> torch.Tensor:
-    """Probabilities `[B, K]` -> confidence `[B]`; `metric` is one of `plan.METRICS`."""
+    """Probabilities `[B, K]` -> confidence `[B]` in [0, 1]; `metric` is one of `plan.METRICS`.
+
+    `margin` is the largest less the second largest; `entropy` is 1 less the entropy as a share of log K.
+    """
     if metric == "max_probability":
         return probabilities.amax(dim=1)
+    if metric == "margin":
+        two = probabilities.topk(2, dim=1).values
+        return two[:, 0] - two[:, 1]
+    if metric == "entropy":
+        known = (probabilities * probabilities.clamp(min=_TINY).log()).sum(dim=1) / math.log(probabilities.shape[1])
+        return (1.0 + known).clamp(min=0.0, max=1.0)
     raise PlanError(f"confidence metric {metric!r} is unknown")
 
 

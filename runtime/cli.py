@@ -16,13 +16,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from .commands import INSPECT, RUN, Command
+from .commands import INSPECT, RUN, TUNE, Command
 from .errors import OfframpError, UsageError
 
 __all__ = ["Command", "main"]
 
 GROUP = "offramp.commands"
-BUILT_IN = {"inspect": INSPECT, "run": RUN}
+BUILT_IN = {"inspect": INSPECT, "run": RUN, "tune": TUNE}
 # Known without loading anything; other plug-ins are listed by name.
 SUMMARIES = {
     "candidates": "list the places in a model that can carry an exit, and why others cannot",
@@ -30,7 +30,7 @@ SUMMARIES = {
     "demo": "train, compile and run a small network on real digits",
     "space": "print the search space of exit heads, to edit and pass back",
 }
-_ROAD = ("candidates", "space", "compile", "inspect", "run", "demo")
+_ROAD = ("candidates", "space", "compile", "inspect", "run", "tune", "demo")
 
 _EPILOG = """\
 the road:

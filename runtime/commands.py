@@ -7,6 +7,8 @@ parse, call the public functions and print; they decide nothing.
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import secrets
 import sys
 import time
@@ -24,6 +26,7 @@ from .manifest import dump_manifest
 from .session import Session, load
 from .table import human, percent, render
 from .trace import read_passes, summary, write_passes
+from .tune import Objective, tune
 
 
 @dataclass(frozen=True)
@@ -189,5 +192,41 @@ def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
+def _configure_tune(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measure an artifact's stages on this machine, choose again which of its exits to ask and at which thresholds, "
+        "from the records it carries, and write that as a new artifact. Needs no training dependency."
+    )
+    parser.add_argument("artifact", metavar="ARTIFACT", help="directory or zip that compile wrote")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the artifact to write")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="rows at a time (default 1)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads per stage (default: physical cores)")
+    parser.add_argument(
+        "--percentile", type=float, metavar="P",
+        help="make the time small within which P %% of rows are answered (default: the mean time of a row)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tolerance", type=float, metavar="T", help="the new artifact's own tolerance (default: the old one's)"
+    )
+    parser.add_argument(
+        "--data", metavar="D", help="inputs to measure on, as for run; no answer depends on them (default: zeros)"
+    )
+
+
+def _tune(args: argparse.Namespace) -> int:
+    rows = None
+    if args.data is not None:
+        data = open_data(args.data, inputs=open_artifact(args.artifact).manifest.inputs)
+        rows = data.take(np.arange(args.batch) % len(data))
+    objective = Objective(args.batch, args.percentile)
+    made = tune(
+        args.artifact, args.output, objective=objective, threads=args.threads, tolerance=args.tolerance, rows=rows,
+        machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+    )  # fmt: skip
+    _say(f"{render(made)}\n\ntuned artifact in {args.output}")
+    return 0
+
+
 INSPECT = Command("show what an artifact is, what it saved, and check every file", _configure_inspect, _inspect)
+TUNE = Command("choose exits and thresholds again for the machine it runs on", _configure_tune, _tune)
 RUN = Command("answer a data set with an artifact", _configure_run, _run)

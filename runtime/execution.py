@@ -14,7 +14,8 @@ stage gives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,27 @@ Thresholds = tuple[float, ...]  # [exits - 1] float32 values
 _NEVER = float("inf")
 PROBABILITIES = "probabilities"
 CONFIDENCE = "confidence"
+ASK = "offramp.ask"  # input of a stage whose head may be left unasked
+_YES, _NO = np.array(True), np.array(False)
+
+
+def _margin(probabilities: np.ndarray) -> np.ndarray:
+    two = np.partition(probabilities, -2, axis=1)[:, -2:]
+    return np.asarray(two[:, 1] - two[:, 0])
+
+
+def _entropy(probabilities: np.ndarray) -> np.ndarray:
+    known = (probabilities * np.log(np.maximum(probabilities, _TINY))).sum(axis=1)
+    return np.asarray(np.clip(1 + known / np.float32(math.log(probabilities.shape[1])), 0, 1))
+
+
+_TINY = np.float32(1e-30)
+# [rows, K] -> [rows], as the stages compute it; the single file gives probabilities only.
+METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "max_probability": lambda probabilities: np.asarray(probabilities.max(axis=1)),
+    "margin": _margin,
+    "entropy": _entropy,
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +76,8 @@ class Executor(Protocol):
 @dataclass(frozen=True)
 class _Stage:
     session: EngineSession
-    inputs: tuple[str, ...]
+    inputs: tuple[str, ...]  # values
+    asks: bool  # whether its head may be left unasked
     kept: list[str]  # outputs a later stage reads; the others are not even fetched
     fetched: list[str]  # kept, then probabilities and confidence
     passes_on: list[str]  # what later stages read and this one does not make
@@ -70,7 +93,8 @@ class Segments:
             known = _check_stage(spec, session, known)
             kept = [name for name in spec.outputs if name in spec.carries]
             passes_on = [name for name in spec.carries if name not in kept]
-            stage = _Stage(session, session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on)
+            reads = tuple(name for name in session.inputs if name != ASK)
+            stage = _Stage(session, reads, ASK in session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on)
             self._stages.append(stage)
 
     def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
@@ -86,11 +110,13 @@ class Segments:
             if index < last:
                 limit = thresholds[index] if each is None else _limits(each, rows, index)
             if type(limit) is float and limit == _NEVER:
-                # ONNX Runtime computes the head all the same: `only_execute_path_to_fetches` does nothing in its
-                # inference builds (tried with 1.31).
+                if stage.asks:
+                    feed[ASK] = _NO
                 values = stage.session.run(stage.kept, feed) if stage.kept else []
                 live = _carry(stage, live, values)
                 continue
+            if stage.asks:
+                feed[ASK] = _YES
             values = stage.session.run(stage.fetched, feed)
             confidence, probabilities = values.pop(), values.pop()
             if index == last:
@@ -115,7 +141,10 @@ class Segments:
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
         live = arrays
         for index, stage in enumerate(self._stages):
-            values = stage.session.run(stage.fetched, {name: live[name] for name in stage.inputs})
+            feed = {name: live[name] for name in stage.inputs}
+            if stage.asks:
+                feed[ASK] = _YES
+            values = stage.session.run(stage.fetched, feed)
             confidence, probabilities = values.pop(), values.pop()
             yield ExitRows(index, None, probabilities, confidence)
             live = _carry(stage, live, values)
@@ -125,11 +154,12 @@ class SingleFile:
     """`model.onnx`: the same program in one graph, thresholds as one of its inputs."""
 
     def __init__(self, manifest: Manifest, session: EngineSession) -> None:
-        if manifest.confidence != "max_probability":
+        if manifest.confidence not in METRICS:
             raise ArtifactError(
                 f"{session.name}: gives no confidence {manifest.confidence!r} per row; "
                 "load the artifact with executor='segments'"
             )
+        self._confidence = METRICS[manifest.confidence]
         self._exits = len(manifest.exits)
         names = {spec.name for spec in manifest.inputs}
         # With nothing but the backbone there is no threshold, and the file need not have the input.
@@ -146,7 +176,7 @@ class SingleFile:
             probabilities, exits = self._row_by_row(arrays, thresholds)
         else:
             probabilities, exits = self._run(arrays, thresholds)
-        confidence = probabilities.max(axis=1)
+        confidence = self._confidence(probabilities)
         for index in range(self._exits):
             rows = np.flatnonzero(exits == index)
             if rows.size == exits.size:
@@ -198,7 +228,7 @@ def _check_stage(spec: StageSpec, session: EngineSession, known: set[str]) -> se
         raise ArtifactError(
             f"{session.name}: needs {sorted(absent)[0]!r}, which no stage before it carries; compile again"
         )
-    unnamed = {*session.inputs} - {*spec.inputs}
+    unnamed = {*session.inputs} - {*spec.inputs, ASK}
     unnamed |= {*spec.outputs, PROBABILITIES, CONFIDENCE} - {*session.outputs}
     if unnamed:
         raise ArtifactError(

@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 
 from .errors import ArtifactError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _DTYPE = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")
@@ -72,14 +72,14 @@ class ExitSpec:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Evidence that the risk on new rows is within the tolerance, wrong with probability at most `delta`.
+    """Evidence that the mean risk on new rows is within the tolerance, wrong with probability at most `delta`.
 
     Holds for rows drawn as the certification rows were, which nothing else has seen.
     """
 
     delta: float
     rows: int
-    observed: int  # of these rows, answered otherwise than by the backbone
+    observed: float  # risk summed over these rows: those answered otherwise than by the backbone, or their regret
     bound: float  # upper confidence bound on the risk at level 1 - delta
 
 
@@ -111,6 +111,7 @@ class Evaluation:
     exits: tuple[ExitEvaluation, ...]
     disagreement: float
     disagreement_interval: tuple[float, float]  # 95 %, Clopper-Pearson
+    regret: float  # mean of the backbone's p(its class) - p(the answer)
     accuracy_backbone: float | None
     accuracy: float | None
     flops_backbone: float  # per row
@@ -166,6 +167,21 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What `offramp tune` measured and gained, in milliseconds; expected values on the selection rows."""
+
+    machine: str
+    threads: int | None  # None: ONNX Runtime's own choice
+    objective: str
+    backbone_ms: float  # with every exit silent
+    before_ms: float
+    after_ms: float
+    batches: tuple[int, ...]  # sizes, ascending
+    silent_ms: tuple[tuple[float, ...], ...]  # [stages][sizes] a call whose exit is not asked
+    asked_ms: tuple[tuple[float, ...], ...]  # [stages][sizes] a call whose exit is asked
+
+
+@dataclass(frozen=True)
 class Measured:
     """What differs from run to run: times, versions, and the files that quote them."""
 
@@ -174,6 +190,7 @@ class Measured:
     versions: dict[str, str]
     timings: tuple[Timing, ...]
     files: dict[str, FileSpec]
+    tuned: Tuned | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +201,8 @@ class Manifest:
     backbone: BackboneSpec
     inputs: tuple[TensorSpec, ...]
     classes: int
-    confidence: str  # the metric; "max_probability"
+    confidence: str  # the metric: "max_probability", "margin" or "entropy"
+    risk: str  # that the tolerances bound: "disagreement" or "regret"
     stages: tuple[StageSpec, ...]
     exits: tuple[ExitSpec, ...]
     plans: tuple[Plan, ...]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .manifest import Evaluation, Manifest, Plan, Timing
+from .manifest import Certificate, Evaluation, Manifest, Plan, Timing, Tuned
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _NONE = "-"
@@ -21,6 +21,8 @@ def render(manifest: Manifest) -> str:
     if manifest.measured.timings:
         parts.append(_times(manifest))
         parts += _stages(manifest)
+    if manifest.measured.tuned is not None:
+        parts.append(_tuned(manifest, manifest.measured.tuned))
     return "\n\n".join(parts)
 
 
@@ -41,23 +43,29 @@ def percent(share: float | None, digits: int = 1) -> str:
 def _title(manifest: Manifest) -> str:
     plan = manifest.plans[manifest.default_plan]
     backbone = manifest.backbone
-    promise = _promise(plan)
+    promise = _promise(plan, manifest.risk)
     return (
         f"{_short(backbone.name, 60)}: {human(backbone.parameters)} parameters, "
         f"{human(backbone.flops)} FLOPs per row, {manifest.classes} classes\n"
-        f"tolerance {percent(plan.tolerance, 2)}, policy {plan.policy}{promise}"
+        f"tolerance {percent(plan.tolerance, 2)} of {manifest.risk}, policy {plan.policy}{promise}"
     )
 
 
-def _promise(plan: Plan) -> str:
+def _promise(plan: Plan, risk: str) -> str:
     evidence = plan.certificate
     if evidence is None:
         return ": kept on the rows the exits were chosen on, not certified for others"
     return (
-        f": no more disagreement on new rows, wrong with probability {percent(evidence.delta, 0)} at most\n"
-        f"({evidence.observed} of {evidence.rows:,} certification rows disagree; "
+        f": no more {risk} on new rows, wrong with probability {percent(evidence.delta, 0)} at most\n"
+        f"({_seen(evidence, risk)}; "
         f"upper bound {percent(evidence.bound, 2)})"
     )
+
+
+def _seen(evidence: Certificate, risk: str) -> str:
+    if risk == "disagreement":
+        return f"{evidence.observed:.0f} of {evidence.rows:,} certification rows disagree"
+    return f"{risk} {percent(evidence.observed / max(evidence.rows, 1), 2)} on {evidence.rows:,} certification rows"
 
 
 def _exits(manifest: Manifest) -> str:
@@ -104,7 +112,8 @@ def _whole(manifest: Manifest) -> str:
             "disagreement",
             percent(seen.disagreement, 2),
             f"95 % interval {percent(low, 2)} to {percent(high, 2)}",
-        )
+        ),
+        ("regret", percent(seen.regret, 2), "what the backbone itself expects the differing answers to cost"),
     ]
     if seen.accuracy is not None and seen.accuracy_backbone is not None:
         change = (seen.accuracy - seen.accuracy_backbone) * 100
@@ -164,6 +173,32 @@ def _stages(manifest: Manifest) -> list[str]:
         "Less time saved than compute: where it went, in percent of the backbone's own compute and time\n"
         + _indent(_columns(lines, left=(1,)))
     ]
+
+
+def _tuned(manifest: Manifest, tuned: Tuned) -> str:
+    """What was measured, stage by stage, and what the new plan is expected to take."""
+    shown = sorted({0, len(tuned.batches) - 1})
+    head = ["stage", "up to", "asked", *(f"ms, {tuned.batches[i]} rows" for i in shown), "of it the exit"]
+    lines = [head]
+    thresholds = [*manifest.plans[manifest.default_plan].thresholds, None]
+    for index, spec in enumerate(manifest.exits):
+        silent, asked = tuned.silent_ms[index], tuned.asked_ms[index]
+        exit_ms, last = asked[-1] - silent[-1], index == len(manifest.exits) - 1
+        asks = _NONE if last else "yes" if thresholds[index] is not None else "no"
+        share = _NONE if last else percent(exit_ms / max(asked[-1], 1e-9))
+        lines.append([str(index), _short(spec.place, 30), asks, *(f"{asked[i]:.4f}" for i in shown), share])
+    gains = [
+        ("every exit silent", f"{tuned.backbone_ms:.4f}", ""),
+        ("before", f"{tuned.before_ms:.4f}", percent(1 - tuned.before_ms / max(tuned.backbone_ms, 1e-9))),
+        ("after", f"{tuned.after_ms:.4f}", percent(1 - tuned.after_ms / max(tuned.backbone_ms, 1e-9))),
+    ]
+    threads = "ONNX Runtime's choice of threads" if tuned.threads is None else f"{tuned.threads} threads"
+    return (
+        f"Tuned on {tuned.machine}, {threads}, for {tuned.objective}\n"
+        + _indent(_columns(lines, left=(1,)))
+        + "\n  expected on the selection rows, and saved\n"
+        + _indent(_indent(_columns(gains, left=(0,))))
+    )
 
 
 def _stage_share(timing: Timing, index: int) -> float | None:

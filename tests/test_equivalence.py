@@ -36,10 +36,10 @@ from offramp.compiler import (
     select,
     split_rows,
 )
-from offramp.compiler.dial import dial
 from offramp.compiler.equivalence import CLOSE, NEAR
 from offramp.passes import ExitProgram, build_program, find_candidates
 from offramp.runtime import Session, load, write_artifact
+from offramp.runtime.selection import dial
 
 INF = math.inf
 BATCHES = [0, 1, 3, 32, 257]
@@ -90,7 +90,7 @@ def make(model: str, folder: Path) -> Forms:
     plan = exit_plan(selection, heads, temperatures)
     program = build_program(backbone, plan, {h.candidate.name: h.module for h in heads})
     price = costs(backbone, heads)
-    plans = dial(selection, None, recorded, price, (), "joint", options.delta)
+    plans = dial(selection, None, recorded, price, (), "joint", options.delta, 1)
     job = Job(data, splits, heads, temperatures, recorded, price, selection, plans, None, options)
     manifest, files = pack(program, job)
     write_artifact(folder / "artifact", manifest, files)

@@ -104,11 +104,12 @@ def write(program: ExitProgram, targets: Sequence[str], folder: Path) -> None:
         confidence=program.plan.metric,
         stages=tuple(stages),
         exits=tuple(exits),
+        risk="disagreement",
         plans=(Plan(0.0, "manual", program.plan.thresholds, None),),
         default_plan=0,
         splits=Splits(0, 0, 0, 0, 0, 0),
         preprocessing=None,
-        evaluation=Evaluation(0, (unmeasured,) * len(exits), 0.0, (0.0, 0.0), None, None, 0.0, 0.0, 0.0),
+        evaluation=Evaluation(0, (unmeasured,) * len(exits), 0.0, (0.0, 0.0), 0.0, None, None, 0.0, 0.0, 0.0),
         files={name: file_spec(data) for name, data in files.items()},
         measured=Measured("", "", {}, (), {}),
     )

@@ -23,6 +23,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from offramp.passes import ExitProgram
+from offramp.runtime.execution import ASK
 from offramp.runtime.manifest import StageSpec
 
 from .external import ExternalData
@@ -95,7 +96,10 @@ class _Builder:
         Also the names of `probabilities [rows, K]` and `exit [rows]`.
         """
         scope = f"stage_{index}"
-        nodes, weights, names = self._inline(index, live)
+        last = index == len(self.models) - 1
+        nodes, weights = ([], []) if last else self._ask(index)
+        inner, inner_weights, names = self._inline(index, {**live, ASK: f"{scope}/ask"})
+        nodes, weights = [*nodes, *inner], [*weights, *inner_weights]
         answer, sure = (names[n] for n in ANSWER)
         shape, rows, exits = f"{scope}/shape", f"{scope}/rows", f"{scope}/exits"
         nodes += [
@@ -108,17 +112,15 @@ class _Builder:
                 value=helper.make_tensor("value", _INT, [1], [index]),
             ),
         ]
-        if index == len(self.models) - 1:
+        if last:
             return nodes, weights, (answer, exits)
         weights += [
-            numpy_helper.from_array(np.array(index, np.int64), f"{scope}/index"),
             numpy_helper.from_array(np.array([-1], np.int64), f"{scope}/flat"),
             numpy_helper.from_array(np.array(0, np.int64), f"{scope}/none"),
         ]
         threshold, leave, stay = f"{scope}/threshold", f"{scope}/leave", f"{scope}/stay"
         found, count, some = f"{scope}/found", f"{scope}/count", f"{scope}/some"
         nodes += [
-            helper.make_node("Gather", ["thresholds", f"{scope}/index"], [threshold], name=threshold),
             helper.make_node("GreaterOrEqual", [sure, threshold], [leave], name=leave),
             helper.make_node("Not", [leave], [stay], name=stay),
             helper.make_node("NonZero", [stay], [found], name=found),
@@ -137,6 +139,20 @@ class _Builder:
             else_branch=self._all_left(index, answer, exits),
         )
         return [*nodes, branch], weights, result
+
+    def _ask(self, index: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        """The threshold of an exit, and whether any row could leave there."""
+        scope = f"stage_{index}"
+        threshold, ask = f"{scope}/threshold", f"{scope}/ask"
+        weights = [
+            numpy_helper.from_array(np.array(index, np.int64), f"{scope}/index"),
+            numpy_helper.from_array(np.array(np.inf, np.float32), f"{scope}/infinity"),
+        ]
+        nodes = [
+            helper.make_node("Gather", ["thresholds", f"{scope}/index"], [threshold], name=threshold),
+            helper.make_node("Less", [threshold, f"{scope}/infinity"], [ask], name=ask),
+        ]
+        return nodes, weights
 
     def _go_on(self, index: int, known: Mapping[str, str], rows: str, answer: str, exits: str) -> onnx.GraphProto:
         scope = f"stage_{index + 1}"

@@ -1,8 +1,8 @@
 """ONNX segments: one model per stage, segment and head together; the runtime compacts between them.
 
 A stage reads live values under their names in the backbone's graph and yields the value of its cut (and, in
-the first, side inputs computed there), `probabilities [rows, K]` and `confidence [rows]`. The last stage
-yields the backbone's own answer.
+the first, side inputs computed there), `probabilities [rows, K]` and `confidence [rows]`, if its input `ask` is
+true: an exit that never answers need not be computed. The last stage yields the backbone's own answer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from offramp.runtime.manifest import StageSpec
 
 from ..progress import bar
 from .external import INLINE_LIMIT, model_files
+from .gate import gated
 from .names import with_places
 from .promises import keep_promises
 from .translate import Example, to_onnx
@@ -81,7 +82,8 @@ def stage_models(program: ExitProgram) -> tuple[onnx.ModelProto, ...]:
         stage.segment, places = with_places(keep_promises(stage.segment))
         prefixes |= _below("segment", places)
         examples = _examples(program.segments[index].graph_module)
-        models.append(to_onnx(stage, examples, (*spec.outputs, *ANSWER), prefixes))
+        model = to_onnx(stage, examples, (*spec.outputs, *ANSWER), prefixes)
+        models.append(model if stage.last else gated(model, spec.outputs, program.backbone.classes))
     return tuple(models)
 
 

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..joint import column
-from ..thresholds import Costs, Records, joint
+from offramp.runtime.selection import Costs, Records, column, joint
 
 AROUND = (0.5, 1.0, 2.0)  # times the tolerance: one alone hangs on the few rows next to its threshold
 

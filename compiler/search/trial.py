@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from offramp.passes import Backbone, Candidate, confidence, probabilities, row_shape
-from offramp.passes.plan import METRICS
+from offramp.passes import METRICS, Backbone, Candidate, confidence, probabilities, row_shape
 
 from ..heads import LEARNING_RATE, HeadConfig, configure, default_head, families_for, head_flops
 from ..learner import Learner

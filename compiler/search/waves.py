@@ -4,8 +4,9 @@
              all learn for half of the epochs; each is scored on the selection rows; the worse half is dropped
              the rest learn to the end and are scored again; the engine is told how much better than the
              default head each was
+             of the candidates half go on, those whose best heads save most together; never fewer than the shortlist
     wave 2   ... proposals that know of wave 1; the same rows, augmented the same way, are read from disk
-    the best head of every candidate is known; of the candidates those stay that save most together
+    last     the shortlist, by the same rule
 
 A family has one engine for all its candidates: its space speaks of shares of compute, so what is learned at one
 depth tells of another. Interrupted after an epoch, the search goes on from its checkpoint: engines are asked and
@@ -27,6 +28,7 @@ import torch
 from offramp.passes import Backbone, Candidate
 from offramp.runtime.data import Rows
 from offramp.runtime.errors import UsageError
+from offramp.runtime.selection import Costs, Records
 
 from ..augment import find_augmentation
 from ..checkpoint import load_state, make_folder, save_state
@@ -36,7 +38,6 @@ from ..kept import Kept
 from ..learner import Learner
 from ..progress import bar
 from ..stream import Stream, mix
-from ..thresholds import Costs, Records
 from ..training import Training
 from .engine import ENGINES, Engine, Proposal, check_space, make_engine
 from .objective import shortlist
@@ -139,6 +140,8 @@ class _Searcher:
         self.search, self.training, self.folder, self.report = search, training, folder, report
         self.seed = stream.seed
         self.places = places(stream.backbone, stream.candidates)
+        self.open = list(self.places)  # where the next wave tries heads
+        self.opened: list[list[int]] = []  # by wave, candidates it tried heads at
         self.batches = len(stream.shuffled(learn, 0))  # of every epoch
         self.halfway = search.epochs // 2
         self.finished: list[list[dict[str, Any]]] = []  # records by wave
@@ -157,6 +160,7 @@ class _Searcher:
                 self._learn(trials, kept, under_way)
                 under_way = None
                 self._finish(trials)
+                self._close()
                 self._save(None)
         finally:
             kept.close()
@@ -175,11 +179,14 @@ class _Searcher:
         state = load_state(self.folder / CHECKPOINT, self.fingerprint)
         if state is None:
             return None
-        for records in state["finished"]:
+        for records, tried in zip(state["finished"], state["opened"], strict=False):
+            self.open = [self.places[index] for index in tried]
             trials = self._proposed(len(self.finished))
             for trial, record in zip(trials, records, strict=True):
                 trial.scores = record["scores"]
             self._finish(trials)
+        self.opened = [*state["opened"][: len(self.finished)]]
+        self.open = [self.places[index] for index in state["open"]]
         for index, best in state["best"].items():
             said = Answers(best["confidence"].numpy(), best["agrees"].numpy())
             self.best[index] = Best(best["score"], best["price"], said)
@@ -192,7 +199,7 @@ class _Searcher:
         """The trials of a wave. Asked again after a restart, the engines propose the same."""
         count, more = divmod(self.search.trials, self.search.waves)
         trials = []
-        for place in self.places:
+        for place in self.open:
             proposals: list[Proposal | None] = [None] if wave == 0 else []
             asked = (self.engines[place.family].ask() for _ in range(count + (wave < more)))
             proposals += [proposal for proposal in asked if proposal is not None]
@@ -245,22 +252,25 @@ class _Searcher:
                 self.engines[self.places[trial.candidate].family].tell(trial.proposal, gain)
         self.finished.append([trial.record() for trial in trials])
 
+    def _close(self) -> None:
+        """After a wave: fewer candidates."""
+        self.opened.append([place.index for place in self.open])
+        last = len(self.finished) == self.search.waves
+        limit = self.search.shortlist if last else max(self.search.shortlist, -(-len(self.open) // 2))
+        best = [self.best[place.index] for place in self.open]
+        depths = [p.candidate.flops_before / p.total if p.total else 0.0 for p in self.open]
+        said = Records(
+            np.column_stack([b.answers.confidence for b in best]), np.column_stack([b.answers.agrees for b in best])
+        )
+        price = Costs(np.diff([0.0, *depths, 1.0]), np.array([b.price for b in best]))
+        self.open = [self.open[i] for i in shortlist(said, price, self.tolerance, limit)]
+
     def _remember(self, trials: Sequence[Trial]) -> None:
         """What the best head of every candidate said of the selection rows."""
         for trial in trials:
             before = self.best.get(trial.candidate)
             if trial.answers is not None and (before is None or trial.score > before.score):
                 self.best[trial.candidate] = Best(trial.score, trial.price, trial.answers)
-
-    def _shortlist(self) -> tuple[str, ...]:
-        best = [self.best[place.index] for place in self.places]
-        depths = [p.candidate.flops_before / p.total if p.total else 0.0 for p in self.places]
-        said = Records(
-            np.column_stack([b.answers.confidence for b in best]), np.column_stack([b.answers.agrees for b in best])
-        )
-        price = Costs(np.diff([0.0, *depths, 1.0]), np.array([b.price for b in best]))
-        kept = shortlist(said, price, self.tolerance, self.search.shortlist)
-        return tuple(self.places[i].candidate.name for i in kept)
 
     def _found(self) -> Found:
         """Of those that learned to the end the best at every candidate; of equals the earlier, the default first."""
@@ -275,7 +285,7 @@ class _Searcher:
         self.report(
             f"searched {len(records)} heads at {len(self.places)} candidates; {other} take another than the default one"
         )
-        kept = self._shortlist()
+        kept = tuple(place.candidate.name for place in self.open)
         if len(kept) < len(self.places):
             self.report(f"{len(kept)} of {len(self.places)} candidates go on, those whose exits save most together")
         return Found(configs, rates, kept, tuple(records))
@@ -296,7 +306,13 @@ class _Searcher:
 
     def _save(self, under_way: Mapping[str, Any] | None) -> None:
         best = {i: {"score": b.score, "price": b.price, **b.answers.state()} for i, b in self.best.items()}
-        state = {"fingerprint": self.fingerprint, "finished": self.finished, "wave": under_way, "best": best}
+        state: dict[str, Any] = {
+            "fingerprint": self.fingerprint,
+            "finished": self.finished,
+            "wave": under_way,
+            "best": best,
+        }
+        state.update({"open": [place.index for place in self.open], "opened": self.opened})
         save_state(state, self.folder / CHECKPOINT)
 
 

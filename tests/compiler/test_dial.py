@@ -11,11 +11,21 @@ from hypothesis import strategies as st
 from models import QUICK, Compiled
 
 from offramp.compiler import Costs, Records, select
-from offramp.compiler.certify import certified, plan_path, rows_needed, upper_bound
-from offramp.compiler.dial import TOLERANCES, dial, evidence
-from offramp.compiler.thresholds import disagreement, exits_taken, expected_cost
 from offramp.runtime import load
 from offramp.runtime.manifest import Plan
+from offramp.runtime.selection import (
+    TOLERANCES,
+    certified,
+    dial,
+    disagreement,
+    evidence,
+    exit_sets,
+    exits_taken,
+    expected_cost,
+    plan_path,
+    rows_needed,
+    upper_bound,
+)
 
 COSTS = Costs(np.array([2.0, 3.0, 1.0, 4.0]), np.array([0.6, 0.5, 0.4]))  # heads so dear that not all exits pay
 
@@ -34,7 +44,8 @@ def plans(policy: str, rows: int = 2000, seed: int = 0) -> tuple[tuple[int, ...]
         chosen, certificate = found.selection, evidence(found)
     else:
         chosen, certificate = select(policy, recorded["select"], COSTS, 0.02), None
-    return chosen.chosen, dial(chosen, certificate, recorded, COSTS, TOLERANCES, policy, 0.05), recorded
+    sets = exit_sets(recorded["select"], COSTS, 0.02, policy)
+    return chosen.chosen, dial(chosen, certificate, recorded, COSTS, TOLERANCES, policy, 0.05, sets), recorded
 
 
 def limits(plan: Plan) -> tuple[float, ...]:
@@ -90,7 +101,7 @@ def test_nothing_to_turn_without_exits() -> None:
     never = Records(kept.confidence, np.zeros_like(kept.agrees))
     none = select("joint", never, COSTS, 0.01)
     assert none.chosen == ()
-    made = dial(none, None, {"select": never, "certify": never}, COSTS, TOLERANCES, "joint", 0.05)
+    made = dial(none, None, {"select": never, "certify": never}, COSTS, TOLERANCES, "joint", 0.05, 1)
     assert [p.tolerance for p in made] == [0.01]
 
 

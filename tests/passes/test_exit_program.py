@@ -151,7 +151,10 @@ def test_a_head_must_be_given_for_each_exit() -> None:
     [
         (lambda: PlannedExit("relu", 0.0, 0.5), "temperature 0.0 is not a positive number"),
         (lambda: PlannedExit("relu", 1.0, float("nan")), "threshold is not a number"),
-        (lambda: ExitPlan((), metric="luck"), "confidence metric 'luck' is unknown; use one of max_probability"),
+        (
+            lambda: ExitPlan((), metric="luck"),
+            "metric 'luck' is unknown; use one of max_probability, margin, entropy",
+        ),
         (lambda: ExitPlan((PlannedExit("relu", 1.0, 0.5),) * 2), "a cut carries two exits: relu, relu"),
         (lambda: confidence_of(torch.ones(1, 2), "luck"), "confidence metric 'luck' is unknown"),
     ],

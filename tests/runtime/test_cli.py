@@ -150,7 +150,7 @@ def test_the_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fly"]) == 2
-    assert "no command 'fly'; choose from candidates, space, compile, inspect, run, demo" in error_line(capsys)
+    assert "no command 'fly'; choose from candidates, space, compile, inspect, run, tune, demo" in error_line(capsys)
 
 
 def plug_in(monkeypatch: pytest.MonkeyPatch, load: Any) -> None:
@@ -234,4 +234,4 @@ def test_the_module_is_the_command(tmp_path: Path, environment: dict[str, str]) 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"offramp: error: {path}/model.onnx: truncated, 0 bytes instead of ")
-    assert json.loads((path / "manifest.json").read_bytes())["format_version"] == 1
+    assert json.loads((path / "manifest.json").read_bytes())["format_version"] == 2

@@ -12,6 +12,7 @@ from tiny import Tiny, sign
 
 from offramp.runtime import ArtifactError, Manifest, TensorSpec, dump_manifest, parse_manifest
 from offramp.runtime.manifest import (
+    FORMAT_VERSION,
     BackboneSpec,
     Certificate,
     Evaluation,
@@ -63,7 +64,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         )
     )
     thresholds = several(st.none() | real, exits - 1)
-    certificate = st.builds(Certificate, real, count, count, real)
+    certificate = st.builds(Certificate, real, count, real, real)
     plan = st.builds(Plan, real, text, thresholds, st.none() | certificate)
     plans = draw(several(plan, draw(st.integers(1, 3))))
     exit_spec = st.builds(
@@ -84,11 +85,12 @@ def manifests(draw: st.DrawFn) -> Manifest:
         several(real),
     )
     return Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         backbone=draw(st.builds(BackboneSpec, text, text, count, count, text)),
         inputs=tuple(inputs),
         classes=draw(st.integers(1, 10**6)),
         confidence=draw(text),
+        risk=draw(text),
         stages=draw(several(stage, exits)) if staged else (),
         exits=draw(several(exit_spec, exits)),
         plans=plans,
@@ -100,6 +102,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
             exits=draw(several(seen, exits)),
             disagreement=draw(rate),
             disagreement_interval=draw(st.tuples(rate, rate)),
+            regret=draw(rate),
             accuracy_backbone=draw(st.none() | rate),
             accuracy=draw(st.none() | rate),
             flops_backbone=draw(real),
@@ -153,10 +156,10 @@ def test_a_truncated_manifest_is_noticed(tiny: Tiny, length: int) -> None:
         b"{",
         b"{} {}",
         b'{"format_version": NaN}',
-        b'{"format_version": 1}',
-        b'{"format_version": 1, "format_version": 1}',
-        b'{"format_version": 1, "classes": 1e999}',
-        b'{"format_version": 1, "classes": ' + b"[" * 400 + b"]" * 400 + b"}",
+        b'{"format_version": 2}',
+        b'{"format_version": 2, "format_version": 2}',
+        b'{"format_version": 2, "classes": 1e999}',
+        b'{"format_version": 2, "classes": ' + b"[" * 400 + b"]" * 400 + b"}",
         b"[" * 100_000,
         b"9" * 10_000,
     ],
@@ -187,9 +190,9 @@ def put(*path: str | int) -> Any:
 ONE_STAGE = {"file": "stages/0.onnx", "inputs": [], "outputs": [], "carries": []}
 NO_FILE = {"size": 1, "sha256": ""}
 FORGERIES = [
-    ("newer version", put("format_version"), 2, r"format version 2 is newer than this offramp reads \(1\)"),
-    ("older version", put("format_version"), 0, "format version 0 is not 1"),
-    ("version as text", put("format_version"), "1", "format version '1' is not 1"),
+    ("newer version", put("format_version"), 3, r"format version 3 is newer than this offramp reads \(2\)"),
+    ("older version", put("format_version"), 0, "format version 0 is not 2"),
+    ("version as text", put("format_version"), "1", "format version '1' is not 2"),
     ("version as bool", put("format_version"), True, "format_version: True is not int"),
     ("extra field", put("surplus"), 1, r"m\.surplus: not a field"),
     ("extra nested field", put("plans", 0, "surplus"), 1, r"m\.plans\[0\]\.surplus: not a field"),

@@ -22,6 +22,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from offramp.runtime import Manifest, TensorSpec, file_spec, write_artifact
 from offramp.runtime.manifest import (
+    FORMAT_VERSION,
     BackboneSpec,
     Certificate,
     Evaluation,
@@ -258,11 +259,12 @@ def tiny_manifest(files: dict[str, bytes]) -> Manifest:
         Timing(32, 1, 9, 0.5, 0.3, 0.6, (0.59, 0.61), None, None, (0.15, 0.08, 0.05)),
     )
     return Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         backbone=BackboneSpec("tiny", "ab" * 32, 152, 1_000, "logits"),
         inputs=(TensorSpec("x", "float32", ("batch", 6)), TensorSpec("side", "float32", ("batch", 3))),
         classes=CLASSES,
         confidence="max_probability",
+        risk="disagreement",
         stages=STAGES,
         exits=(
             ExitSpec("layer1.block0", "relu", "one dense layer", {"family": "dense"}, 40, 80, 400, 1.2),
@@ -270,7 +272,7 @@ def tiny_manifest(files: dict[str, bytes]) -> Manifest:
             ExitSpec("output", "", "the backbone's own", {}, 0, 0, 300, 1.0),
         ),
         plans=(
-            Plan(0.01, "certified", THRESHOLDS, Certificate(0.05, 1_500, 7, 0.0087)),
+            Plan(0.01, "certified", THRESHOLDS, Certificate(0.05, 1_500, 7.0, 0.0087)),
             Plan(0.001, "joint", (None, 0.9), None),
         ),
         default_plan=0,
@@ -285,6 +287,7 @@ def tiny_manifest(files: dict[str, bytes]) -> Manifest:
             ),
             disagreement=0.006,
             disagreement_interval=(0.0027, 0.0114),
+            regret=0.002,
             accuracy_backbone=0.926,
             accuracy=0.925,
             flops_backbone=1000.0,

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from offramp.compiler.joint import Ints, _descend, _evaluate, _limit, _Problem, column
-from offramp.compiler.thresholds import (
-    EXHAUSTIVE,
+from offramp.runtime.errors import InputError, UsageError
+from offramp.runtime.selection import (
     POLICIES,
     Costs,
     Records,
@@ -31,7 +30,8 @@ from offramp.compiler.thresholds import (
     oracle_cost,
     select,
 )
-from offramp.runtime.errors import InputError, UsageError
+from offramp.runtime.selection.joint import Ints, _descend, _evaluate, _limit, _Problem, column
+from offramp.runtime.selection.policies import EXHAUSTIVE
 
 Floats = NDArray[np.float64]
 TOLERANCES = (0.0, 0.03, 0.1, 0.29, 1 / 3, float(np.nextafter(0.3, 0.0)), 1.0)
@@ -78,7 +78,7 @@ class Slow:
 
     taken: list[int]
     cost: float
-    disagreement: float
+    risk: float
 
 
 def slow(records: Records, costs: Costs, chosen: Sequence[int], thresholds: Sequence[float]) -> Slow:
@@ -129,7 +129,7 @@ def at_most(cost: float, bound: float) -> bool:
 def check(records: Records, costs: Costs, found: Selection) -> None:
     """What holds of any selection on its own records."""
     expected = slow(records, costs, found.chosen, found.thresholds)
-    assert found.disagreement == expected.disagreement <= found.tolerance
+    assert found.risk == expected.risk <= found.tolerance
     assert found.expected_cost == pytest.approx(expected.cost, rel=1e-9)
     assert list(found.chosen) == sorted(set(found.chosen))
     assert len(found.thresholds) == len(found.chosen)
@@ -150,7 +150,7 @@ def test_evaluation_equals_a_row_at_a_time(case: tuple[Records, Costs], data: st
     expected = slow(records, costs, chosen, thresholds)
     assert exits_taken(records, chosen, thresholds).tolist() == expected.taken
     assert expected_cost(records, costs, chosen, thresholds) == pytest.approx(expected.cost, rel=1e-9)
-    assert disagreement(records, chosen, thresholds) == expected.disagreement
+    assert disagreement(records, chosen, thresholds) == expected.risk
     saved = (costs.segment.sum() - expected_cost(records, costs, chosen, thresholds)) * records.rows
     score = equation_4_score(records, costs, chosen, thresholds)
     assert score == pytest.approx(saved, rel=1e-9, abs=1e-9 * expected.cost * records.rows)
@@ -264,7 +264,7 @@ def test_growing_a_subset_comes_close_to_trying_all(
 ) -> None:
     records, costs = simulated(2000, 9, seed=5)
     exact = select(name, records, costs, tolerance)
-    monkeypatch.setattr("offramp.compiler.thresholds.EXHAUSTIVE", 0)
+    monkeypatch.setattr("offramp.runtime.selection.policies.EXHAUSTIVE", 0)
     grown = select(name, records, costs, tolerance)
     assert exact.expected_cost <= grown.expected_cost <= 1.01 * exact.expected_cost
     assert exact.expected_cost < costs.segment.sum()
@@ -323,7 +323,7 @@ def test_all_agree_leaves_at_the_first_exit(name: str) -> None:
 def test_none_agree_gives_no_exits(name: str) -> None:
     records, costs = simulated(50, 3, seed=1)
     found = select(name, Records(records.confidence, np.zeros((50, 3), np.bool_)), costs, 0.019)
-    assert (found.chosen, found.thresholds, found.disagreement) == ((), (), 0.0)
+    assert (found.chosen, found.thresholds, found.risk) == ((), (), 0.0)
     assert found.expected_cost == pytest.approx(costs.segment.sum())
 
 
@@ -340,7 +340,7 @@ def test_one_row(name: str, agrees: bool) -> None:
 def test_zero_tolerance_still_lets_the_sure_rows_go(name: str) -> None:
     records, costs = simulated(400, 5, seed=2)
     found = select(name, records, costs, 0.0)
-    assert found.disagreement == 0.0
+    assert found.risk == 0.0
     assert found.chosen
     assert found.expected_cost < costs.segment.sum()
 
@@ -366,10 +366,10 @@ def test_budgets_that_only_sum_to_the_tolerance_by_rounding_stay_within_it() -> 
     assert below < 3 * (1 / 12)
     assert below / 3 >= 1 / 12
     full = equal(records, costs, 0.25)
-    assert (full.chosen, full.disagreement) == ((0, 1, 2), 0.25)
+    assert (full.chosen, full.risk) == ((0, 1, 2), 0.25)
     for name in POLICIES:
-        assert select(name, records, costs, below).disagreement <= below
-    assert joint(records, costs, below).disagreement == 2 / 12
+        assert select(name, records, costs, below).risk <= below
+    assert joint(records, costs, below).risk == 2 / 12
 
 
 @steady
@@ -407,7 +407,7 @@ def test_moves_of_two_exits_find_what_single_ones_miss(monkeypatch: pytest.Monke
     records, costs = simulated(300, 8, seed=37)
     both = joint(records, costs, 0.02).expected_cost
     # The package exports a function of the module's name, so the module is asked for by its own.
-    monkeypatch.setattr(importlib.import_module("offramp.compiler.joint"), "_WORK", 0.0)
+    monkeypatch.setattr(importlib.import_module("offramp.runtime.selection.joint"), "_WORK", 0.0)
     assert both < 0.98 * joint(records, costs, 0.02).expected_cost
 
 
@@ -433,7 +433,7 @@ def test_a_risk_between_zero_and_one_is_kept_too() -> None:
         taken = exits_taken(graded, selection.chosen, selection.thresholds)
         risk = [graded.risk[r, selection.chosen[e]] for r, e in enumerate(taken) if e < len(selection.chosen)]
         assert 0.0 < sum(risk) / 300 <= 0.02
-        assert selection.disagreement == pytest.approx(sum(risk) / 300)
+        assert selection.risk == pytest.approx(sum(risk) / 300)
     assert found["joint"].expected_cost <= min(found["geometric"].expected_cost, found["equal"].expected_cost)
     assert found["joint"].expected_cost < joint(plain, costs, 0.02).expected_cost
 
@@ -444,7 +444,7 @@ def test_thirty_candidates_and_twenty_thousand_rows() -> None:
     taken = exits_taken(records, found.chosen, found.thresholds)
     left = np.flatnonzero(taken < len(found.chosen))
     wrong = ~records.agrees[left, np.asarray(found.chosen)[taken[left]]]
-    assert found.disagreement == wrong.sum() / 20_000 <= 0.01
+    assert found.risk == wrong.sum() / 20_000 <= 0.01
     assert oracle_cost(records, costs) < found.expected_cost < 0.9 * plain.expected_cost
     for candidate, threshold in zip(found.chosen, found.thresholds, strict=True):
         assert np.float32(threshold) not in records.confidence[:, candidate]

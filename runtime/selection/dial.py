@@ -13,18 +13,19 @@ path: whichever of them was taken, delta bounds the whole (union bound).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from offramp.runtime.manifest import Certificate, Plan
-
-from .certify import Certified, certified, plan_path, rows_needed
-from .thresholds import Costs, Records, Selection, joint, select
+from ..manifest import Certificate, Plan
+from .bounds import rows_needed
+from .certify import Certified, certified, plan_path
+from .policies import joint, select
+from .records import Costs, Records, Selection
 
 TOLERANCES = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05)
-CERTIFIED = "certified"
+CERTIFIED, PREDICTED = "certified", "predicted"
 
 
 def evidence(found: Certified) -> Certificate:
@@ -34,20 +35,31 @@ def evidence(found: Certified) -> Certificate:
 
 def dial(
     chosen: Selection, certificate: Certificate | None, recorded: Mapping[str, Records], costs: Costs,
-    tolerances: Sequence[float], policy: str, delta: float,
+    tolerances: Sequence[float], policy: str, delta: float, sets: int,
 ) -> tuple[Plan, ...]:  # fmt: skip
-    """Plans by rising tolerance, `chosen` among them; none but it when it has no exits."""
-    plans = {chosen.tolerance: Plan(chosen.tolerance, policy, _stored(chosen.thresholds), certificate)}
-    if chosen.chosen:
-        own = {part: kept.among(chosen.chosen) for part, kept in recorded.items()}
-        price = costs.among(chosen.chosen)
-        sets = 1
-        if policy == CERTIFIED:
-            sets = len({plan.chosen for plan in plan_path(recorded["select"], costs, chosen.tolerance)})
-        for tolerance in tolerances:
-            if tolerance not in plans:
-                plans[tolerance] = _plan(own, price, tolerance, policy, delta, sets)
-    return tuple(plans[tolerance] for tolerance in sorted(plans))
+    """Plans by rising tolerance, `chosen` among them; none but it when it has no exits. `sets` as `exit_sets` counts
+    them."""
+    own = Plan(chosen.tolerance, policy, _stored(chosen.thresholds), certificate)
+    if not chosen.chosen:
+        return (own,)
+    merged = {part: kept.among(chosen.chosen) for part, kept in recorded.items()}
+    others = [t for t in tolerances if t != chosen.tolerance]
+    turned = plans_over(merged, costs.among(chosen.chosen), others, policy, delta, sets)
+    return tuple(sorted((own, *turned), key=lambda plan: plan.tolerance))
+
+
+def exit_sets(selected: Records, costs: Costs, tolerance: float, policy: str) -> int:
+    """How many sets of exits the certification rows could decide between."""
+    if policy != CERTIFIED:
+        return 1
+    return len({plan.chosen for plan in plan_path(selected, costs, tolerance)})
+
+
+def plans_over(
+    recorded: Mapping[str, Records], costs: Costs, tolerances: Iterable[float], policy: str, delta: float, sets: int
+) -> tuple[Plan, ...]:
+    """A plan for each tolerance, over exits that are the records' candidates; `sets` as `exit_sets` counts them."""
+    return tuple(_plan(recorded, costs, tolerance, policy, delta, sets) for tolerance in tolerances)
 
 
 def _plan(
@@ -61,7 +73,7 @@ def _plan(
         proved = certified(kept, held_out, costs, tolerance, delta / sets)
         found, certificate = proved.selection, replace(evidence(proved), delta=delta)
     else:  # the first plan of the path there would be
-        found, name = joint(replace(kept, predicted=True), costs, tolerance), "predicted"
+        found, name = joint(replace(kept, predicted=True), costs, tolerance), PREDICTED
     thresholds = np.full(len(costs.head), math.inf)
     thresholds[list(found.chosen)] = found.thresholds
     return Plan(tolerance, name, _stored(thresholds), certificate)

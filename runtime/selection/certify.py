@@ -8,7 +8,7 @@ order and stopping at the first failure spends delta once, however long the path
 risk control see Angelopoulos et al., "Learn then Test", 2021).
 
 Assumes that certification rows and new rows are drawn alike and independently. Disagreements of a plan on n
-such rows are binomial, so the test is exact: p = P(Binomial(n, tolerance) <= observed).
+such rows are binomial, so the test is exact: p = P(Binomial(n, tolerance) <= observed). For regret see `bounds`.
 
 Refused: a delta outside (0, 1); fewer rows than a plan without any disagreement would need.
 """
@@ -16,16 +16,15 @@ Refused: a delta outside (0, 1); fewer rows than a plan without any disagreement
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import beta, binom
 
-from offramp.runtime.errors import InputError, UsageError
-
-from .progress import bar
-from .thresholds import Costs, Records, Selection, disagreement, expected_cost, joint
+from ..errors import InputError, UsageError
+from .bounds import RISKS, rows_needed, upper_bound
+from .policies import joint
+from .records import Costs, Records, Selection, expected_cost, realised_risk
 
 # Shares of the tolerance a plan of the path is chosen for. Beyond 1 the expectation was too gloomy.
 PATH = tuple(float(share) for share in np.arange(1, 31) / 20)
@@ -38,13 +37,8 @@ class Certified:
     selection: Selection  # expected cost and disagreement on the selection rows
     delta: float
     rows: int  # certification rows
-    observed: int  # of them, rows the plan answers otherwise than the backbone
-    bound: float  # upper confidence bound on the risk at level 1 - delta (Clopper-Pearson)
-
-
-def rows_needed(tolerance: float, delta: float) -> int:
-    """Fewest rows that can certify `tolerance` at `delta`, when none of them disagrees."""
-    return math.ceil(math.log(delta) / math.log1p(-tolerance))
+    observed: float  # risk of the plan, summed over them: the rows it answers otherwise than the backbone
+    bound: float  # upper confidence bound on the mean risk at level 1 - delta
 
 
 def check_rows(rows: int, tolerance: float, delta: float) -> None:
@@ -57,12 +51,12 @@ def check_rows(rows: int, tolerance: float, delta: float) -> None:
         )
 
 
-def upper_bound(observed: int, rows: int, delta: float) -> float:
-    """The largest risk under which `observed` or fewer of `rows` rows disagree with probability delta or more."""
-    return 1.0 if observed >= rows else float(beta.ppf(1 - delta, observed + 1, rows - observed))
+Watch = Callable[[Sequence[float]], Iterable[float]]  # sees the path go by, to show progress
 
 
-def certified(selected: Records, held_out: Records, costs: Costs, tolerance: float, delta: float = 0.05) -> Certified:
+def certified(
+    selected: Records, held_out: Records, costs: Costs, tolerance: float, delta: float = 0.05, watch: Watch = iter
+) -> Certified:
     """Selection records, certification records -> the boldest plan whose risk is certified.
 
     The plan without exits needs no evidence: it is what remains when not even the most timid plan passes.
@@ -74,16 +68,16 @@ def certified(selected: Records, held_out: Records, costs: Costs, tolerance: flo
     if tolerance <= 0:
         return best
     check_rows(held_out.rows, tolerance, delta)
-    for selection in plan_path(selected, costs, tolerance):
-        wrong = disagreement(held_out, selection.chosen, selection.thresholds)
-        observed = round(wrong * held_out.rows)
-        if binom.cdf(observed, held_out.rows, tolerance) > delta:
+    kind, rows = held_out.kind, held_out.rows
+    for selection in plan_path(selected, costs, tolerance, watch):
+        observed = round(realised_risk(held_out, selection.chosen, selection.thresholds) * rows, 6)
+        if RISKS[kind].p_value(observed, rows, tolerance) > delta:
             break
-        best = Certified(selection, delta, held_out.rows, observed, upper_bound(observed, held_out.rows, delta))
+        best = Certified(selection, delta, rows, observed, upper_bound(observed, rows, delta, kind))
     return best
 
 
-def plan_path(selected: Records, costs: Costs, tolerance: float) -> Iterator[Selection]:
+def plan_path(selected: Records, costs: Costs, tolerance: float, watch: Watch = iter) -> Iterator[Selection]:
     """Plans from timid to bold, each cheaper than the one before, found when asked for.
 
     Each is the joint plan under the risk its calibrated confidences predict: predicted on rows the temperature
@@ -91,9 +85,9 @@ def plan_path(selected: Records, costs: Costs, tolerance: float) -> Iterator[Sel
     """
     predicted = replace(selected, predicted=True)
     least = math.inf
-    for share in bar(PATH, "choose exits", len(PATH)):
+    for share in watch(PATH):
         found = joint(predicted, costs, min(1.0, share * tolerance))
         cost = expected_cost(selected, costs, found.chosen, found.thresholds)
         if found.chosen and cost < least:
-            least, seen = cost, disagreement(selected, found.chosen, found.thresholds)
-            yield replace(found, policy="certified", tolerance=tolerance, expected_cost=cost, disagreement=seen)
+            least, seen = cost, realised_risk(selected, found.chosen, found.thresholds)
+            yield replace(found, policy="certified", tolerance=tolerance, expected_cost=cost, risk=seen)

@@ -8,10 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from offramp.compiler import Costs, Records, certified, rows_needed
-from offramp.compiler.certify import plan_path, upper_bound
-from offramp.compiler.thresholds import disagreement, exits_taken
 from offramp.runtime.errors import InputError, UsageError
+from offramp.runtime.selection import (
+    Costs,
+    Records,
+    certified,
+    disagreement,
+    exits_taken,
+    plan_path,
+    rows_needed,
+    upper_bound,
+)
 
 COSTS = Costs(np.array([0.3, 0.3, 0.4]), np.array([0.01, 0.01]))
 TOLERANCE, DELTA = 0.05, 0.2

@@ -1,16 +1,13 @@
 """Exit selection: from recorded confidences and agreements to a subset of exits and their thresholds.
 
-A row leaves at the first chosen exit with confidence >= threshold, else at the backbone. It costs the
-segments up to there and the head of every chosen exit it passed, its own included. Its risk is that of the
-exit it left at; the backbone has none. The risk is disagreement with the backbone, as no label is available:
-the paper's bound F <= HR x (1 - CA), Eq. 3, on the drop in accuracy.
+The risk is disagreement with the backbone, as no label is available: the paper's bound F <= HR x (1 - CA), Eq. 3, on
+the drop in accuracy; or regret, see `bounds`.
 
 Policies: `geometric` (the paper's: exit n gets tolerance / 2^n by Eq. 3, the subset by the score of Eq. 4),
 `equal` (the same budget for each exit) and `joint` (subset and thresholds together, see `joint.py`). All keep
 the tolerance on the rows they were selected on, and on no others: that is what the certificate is for.
 
-Refused: a tolerance outside [0, 1] and an unknown policy (UsageError); records or costs that are empty, of
-the wrong shape or type, not finite or out of range (InputError).
+Refused: a tolerance outside [0, 1] and an unknown policy (UsageError); costs of other candidates (InputError).
 """
 
 from __future__ import annotations
@@ -19,126 +16,15 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.errors import InputError, UsageError
-
-from .joint import Column, Floats, Ints, column, search
+from ..errors import InputError, UsageError
+from .joint import Column, Ints, column, search
+from .records import Costs, Records, Selection, exits_taken, expected_cost, realised_risk
 
 EXHAUSTIVE = 12  # candidates up to which every subset is scored
-
-
-@dataclass(frozen=True, eq=False)
-class Records:
-    """What each candidate said about each row of a split. Candidates from shallow to deep."""
-
-    confidence: NDArray[np.float32]  # [rows, candidates] in [0, 1]
-    agrees: NDArray[np.bool_]  # [rows, candidates] the exit's class is the backbone's
-    predicted: bool = False  # take the risk the calibrated confidence predicts in place of the one observed
-
-    def __post_init__(self) -> None:
-        conf, agrees = self.confidence, self.agrees
-        if conf.ndim != 2 or 0 in conf.shape:
-            raise InputError(f"records: confidence is {list(conf.shape)}; give [rows, candidates], neither of them 0")
-        if agrees.shape != conf.shape:
-            raise InputError(f"records: agrees is {list(agrees.shape)}, confidence {list(conf.shape)}; make them alike")
-        if conf.dtype != np.float32 or agrees.dtype != np.bool_:
-            raise InputError(f"records: confidence is {conf.dtype}, agrees {agrees.dtype}; cast to float32 and bool")
-        if not ((conf >= 0) & (conf <= 1)).all():
-            raise InputError("records: a confidence is outside [0, 1] or not a number; record probabilities")
-
-    @property
-    def rows(self) -> int:
-        return int(self.confidence.shape[0])
-
-    @property
-    def candidates(self) -> int:
-        return int(self.confidence.shape[1])
-
-    def among(self, chosen: Sequence[int]) -> Records:
-        """What some of the candidates said."""
-        columns = list(chosen)
-        return replace(
-            self,
-            confidence=np.ascontiguousarray(self.confidence[:, columns]),
-            agrees=np.ascontiguousarray(self.agrees[:, columns]),
-        )
-
-    @property
-    def risk(self) -> Floats:
-        """[rows, candidates] in [0, 1]: what answering that row at that exit risks."""
-        return 1.0 - self.confidence.astype(np.float64) if self.predicted else (~self.agrees).astype(np.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class Costs:
-    """Compute per row, in FLOPs or milliseconds: any one unit."""
-
-    segment: Floats  # [candidates + 1] from the candidate before (or the input) to this one; last: to the output
-    head: Floats  # [candidates]
-
-    def __post_init__(self) -> None:
-        for name, values in (("segment", self.segment), ("head", self.head)):
-            if values.ndim != 1 or values.dtype != np.float64:
-                raise InputError(f"costs: {name} is {values.dtype} {list(values.shape)}; give a float64 vector")
-            if not (np.isfinite(values) & (values >= 0)).all():
-                raise InputError(f"costs: {name} has a negative or non-finite entry; measure it again")
-        if len(self.segment) != len(self.head) + 1:
-            raise InputError(f"costs: {len(self.segment)} segments for {len(self.head)} heads; give one segment more")
-
-    @property
-    def reach(self) -> Floats:
-        """[candidates + 1] backbone compute from the input to each candidate, last to the output."""
-        return np.cumsum(self.segment)
-
-    def among(self, chosen: Sequence[int]) -> Costs:
-        """With some of the candidates only: the segments between them join."""
-        reach = np.append(self.reach[list(chosen)], self.reach[-1])
-        return Costs(np.diff(reach, prepend=0.0), self.head[list(chosen)])
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which candidates become exits. No exits at all is a legal answer."""
-
-    chosen: tuple[int, ...]  # candidate indices, ascending
-    thresholds: tuple[float, ...]  # one each, float32 values
-    policy: str
-    tolerance: float
-    expected_cost: float  # per row, in the unit of the costs, on the records
-    disagreement: float  # share of rows, on the records
-
-
-def exits_taken(records: Records, chosen: Sequence[int], thresholds: Sequence[float]) -> Ints:
-    """-> [rows] position in `chosen` of the exit each row leaves at; len(chosen) for the backbone."""
-    taken = np.full(records.rows, len(chosen), np.int64)
-    for position in range(len(chosen) - 1, -1, -1):
-        taken[records.confidence[:, chosen[position]] >= np.float32(thresholds[position])] = position
-    return taken
-
-
-def expected_cost(records: Records, costs: Costs, chosen: Sequence[int], thresholds: Sequence[float]) -> float:
-    """Mean compute of a row, in the unit of `costs`."""
-    leaving = np.bincount(exits_taken(records, chosen, thresholds), minlength=len(chosen) + 1)
-    heads = np.cumsum(np.append(0.0, costs.head[list(chosen)]))
-    spent = costs.reach[[*chosen, -1]] + np.append(heads[1:], heads[-1])
-    return float(leaving @ spent) / records.rows
-
-
-def disagreement(records: Records, chosen: Sequence[int], thresholds: Sequence[float]) -> float:
-    """Mean risk over all rows, the backbone's answers having none: the share whose exit does not agree."""
-    taken = exits_taken(records, chosen, thresholds)
-    left = np.flatnonzero(taken < len(chosen))
-    return float(records.risk[left, np.asarray(chosen, np.int64)[taken[left]]].sum()) / records.rows
-
-
-def oracle_cost(records: Records, costs: Costs) -> float:
-    """Mean compute if each row left at the first candidate that agrees and heads were free: the floor."""
-    first = np.where(records.agrees.any(axis=1), records.agrees.argmax(axis=1), records.candidates)
-    return float(np.bincount(first, minlength=records.candidates + 1) @ costs.reach) / records.rows
 
 
 def equation_3_threshold(confidence: NDArray[np.float32], agrees: NDArray[np.bool_], budget: float) -> float:
@@ -210,7 +96,7 @@ def _joint(records: Records, costs: Costs, columns: tuple[Column, ...], toleranc
 
     def price(cuts: Ints) -> float:
         plan = _plan(columns, cuts)
-        return expected_cost(records, costs, *plan) if disagreement(records, *plan) <= tolerance else math.inf
+        return expected_cost(records, costs, *plan) if realised_risk(records, *plan) <= tolerance else math.inf
 
     best = min(plans, key=price)
     for i in np.flatnonzero(best):  # the search rounds costs: an exit may have paid only there
@@ -247,7 +133,7 @@ def _checked(
         policy,
         float(tolerance),
         expected_cost(records, costs, chosen, thresholds),
-        disagreement(records, chosen, thresholds),
+        realised_risk(records, chosen, thresholds),
     )
 
 
@@ -259,7 +145,7 @@ def _within(records: Records, costs: Costs, columns: tuple[Column, ...], toleran
     asked = tolerance
     while True:
         cuts = _best_subset(records, costs, columns, functools.partial(budget, asked))
-        if disagreement(records, *_plan(columns, cuts)) <= tolerance:
+        if realised_risk(records, *_plan(columns, cuts)) <= tolerance:
             return cuts
         asked = float(np.nextafter(asked, 0.0))
 

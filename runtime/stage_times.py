@@ -1,0 +1,113 @@
+"""What every stage of an artifact takes on this machine, asked for its answer and not, at the sizes batches shrink to.
+
+The clock is the only thing here that differs from run to run; what is made of the times is in `tune`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .artifact import Artifact
+from .engine import EngineSession, choose_providers
+from .errors import UsageError
+from .execution import ASK, CONFIDENCE, PROBABILITIES
+from .manifest import TensorSpec
+
+ROUNDS = 15
+_SECONDS = 0.01  # of one stage per round: long enough for the clock, short enough to take turns
+_FREE = 16  # a size the model leaves open, where no data is given
+
+
+@dataclass(frozen=True, eq=False)
+class StageTimes:
+    """Milliseconds per call, medians over rounds."""
+
+    sizes: tuple[int, ...]  # rows, ascending
+    silent: np.ndarray  # [stages, sizes] the exit not asked; of the last stage, which has none, the whole
+    asked: np.ndarray  # [stages, sizes] the exit asked
+
+    def call(self, stage: int, rows: np.ndarray | float, ask: bool) -> np.ndarray:
+        """Milliseconds of one call on so many rows; linear between what was measured, 0 for none."""
+        times = (self.asked if ask else self.silent)[stage]
+        found = np.interp(rows, self.sizes, times)
+        return np.where(np.asarray(rows) > 0, found, 0.0)
+
+
+def measure_stages(
+    artifact: Artifact,
+    batch: int,
+    threads: int | None,
+    rounds: int = ROUNDS,
+    rows: Mapping[str, np.ndarray] | None = None,
+) -> StageTimes:
+    """Time every stage; `rows` are inputs to do so on, the first `batch` of them; zeros where none are given.
+
+    Raises `UsageError` for an artifact without stages.
+    """
+    manifest = artifact.manifest
+    if not manifest.stages:
+        raise UsageError(f"{artifact.path}: has no stages to measure; compile with target onnx-segments")
+    sizes = tuple(sorted({batch, *(2**power for power in range(batch.bit_length()) if 2**power <= batch)}))
+    given = {spec.name: _zeros(spec, batch) for spec in manifest.inputs} if rows is None else rows
+    calls = []
+    chosen = choose_providers(None)
+    live = {name: np.ascontiguousarray(values[:batch]) for name, values in given.items()}
+    for spec in manifest.stages:
+        session = EngineSession(artifact.model(spec.file), spec.file, chosen, threads, strict=False)
+        calls.append(_Calls(session, {name: live[name] for name in spec.inputs}, spec.outputs))
+        known = {**live, **calls[-1].passed()}
+        live = {name: known[name] for name in spec.carries}
+    taken = np.empty((rounds, 2, len(calls), len(sizes)))
+    for one in calls:
+        one.warm(sizes)
+    for turn in range(rounds):
+        for ask in (0, 1) if turn % 2 else (1, 0):
+            for stage, one in enumerate(calls):
+                taken[turn, ask, stage] = [one.milliseconds(size, bool(ask)) for size in sizes]
+    silent, asked = np.median(taken, axis=0)
+    return StageTimes(sizes, silent, np.maximum(silent, asked))
+
+
+class _Calls:
+    """One stage and a batch for it."""
+
+    def __init__(self, session: EngineSession, batch: Mapping[str, np.ndarray], outputs: Sequence[str]) -> None:
+        self.session, self.batch, self.outputs = session, batch, list(outputs)
+        self.gated = ASK in session.inputs
+        self.often: dict[int, int] = {}  # calls per measurement, by rows
+
+    def passed(self) -> dict[str, np.ndarray]:
+        """Values for later stages."""
+        values = self.session.run(self.outputs, self._feed(None, False)) if self.outputs else []
+        return dict(zip(self.outputs, values, strict=True))
+
+    def warm(self, sizes: Sequence[int]) -> None:
+        for size in sizes:
+            self.often[size] = 1
+            self.milliseconds(size, True)
+            self.often[size] = max(1, round(_SECONDS * 1e3 / max(self.milliseconds(size, True), 1e-3)))
+
+    def milliseconds(self, rows: int, ask: bool) -> float:
+        """Of one call; a silent exit that is no branch of its own is merely not fetched."""
+        feed, fetched = self._feed(rows, ask), [*self.outputs, PROBABILITIES, CONFIDENCE]
+        if not ask and self.outputs:
+            fetched = self.outputs
+        start = time.perf_counter()
+        for _ in range(self.often[rows]):
+            self.session.run(fetched, feed)
+        return (time.perf_counter() - start) * 1e3 / self.often[rows]
+
+    def _feed(self, rows: int | None, ask: bool) -> dict[str, np.ndarray]:
+        feed = {name: value[:rows] for name, value in self.batch.items()}
+        return {**feed, ASK: np.array(ask)} if self.gated else feed
+
+
+def _zeros(spec: TensorSpec, rows: int) -> np.ndarray:
+    """Valid indices and valid masks alike."""
+    shape = [rows, *(size if isinstance(size, int) else _FREE for size in spec.shape[1:])]
+    made = np.zeros(shape, spec.dtype)
+    return made + np.ones((), spec.dtype) if made.dtype.kind in "iub" and "mask" in spec.name else made
