@@ -62,7 +62,7 @@ class Forms:
         return self.program.with_thresholds(PLANS[plan] or self.mixed)
 
 
-def make(model: str, folder: Path) -> Forms:
+def make(model: str, folder: Path, metric: str) -> Forms:
     weights = data_dir() / "cifar10" / f"{model}.safetensors"
     if not weights.is_file():
         pytest.skip(f"no trained weights at {weights}; set OFFRAMP_DATA to a folder that has them")
@@ -73,25 +73,23 @@ def make(model: str, folder: Path) -> Forms:
     backbone = capture(backbone_model, {"x": torch.from_numpy(images[:8])}, name=model)
     candidates = choose_candidates(backbone, find_candidates(backbone), 3)
     splits = split_rows(400, 0)
-    options = Options(training=Training(epochs=2, batch=32), batches=())
+    options = Options(training=Training(epochs=2, batch=32), batches=(), metric=metric)
     heads = distil(
         backbone, candidates, default_heads(backbone, candidates), data,
         learn=splits.distil, validate=splits.calibrate, training=options.training, seed=0,
     )  # fmt: skip
     temperatures = calibrate(record(backbone, heads, data, splits.calibrate, "calibrate"))
-    recorded = {
-        part: records(record(backbone, heads, data, getattr(splits, part), part), temperatures)
-        for part in ("select", "certify", "test")
-    }
+    said = {p: record(backbone, heads, data, getattr(splits, p), p) for p in ("select", "certify", "test")}
+    recorded = {part: records(one, temperatures, metric) for part, one in said.items()}
     first, second, third = (float(np.quantile(c, 0.7)) for c in recorded["select"].confidence.T)
     mixed = (first, second, third)
     selection = select("joint", recorded["select"], costs(backbone, heads), 0.01)
     selection = replace(selection, chosen=(0, 1, 2), thresholds=mixed)
-    plan = exit_plan(selection, heads, temperatures)
+    plan = exit_plan(selection, heads, temperatures, metric)
     program = build_program(backbone, plan, {h.candidate.name: h.module for h in heads})
     price = costs(backbone, heads)
     plans = dial(selection, None, recorded, price, (), "joint", options.delta, 1)
-    job = Job(data, splits, heads, temperatures, recorded, price, selection, plans, None, options)
+    job = Job(data, splits, heads, temperatures, recorded, said["test"], 1, price, selection, plans, None, options)
     manifest, files = pack(program, job)
     write_artifact(folder / "artifact", manifest, files)
     sessions = {form: load(folder / "artifact", executor=form) for form in ("segments", "single-file")}  # type: ignore[arg-type]
@@ -100,12 +98,12 @@ def make(model: str, folder: Path) -> Forms:
 
 @pytest.fixture(scope="module")
 def cifar20(tmp_path_factory: pytest.TempPathFactory) -> Forms:
-    return make("resnet20", tmp_path_factory.mktemp("resnet20"))
+    return make("resnet20", tmp_path_factory.mktemp("resnet20"), "margin")
 
 
 @pytest.fixture(scope="module")
 def cifar56(tmp_path_factory: pytest.TempPathFactory) -> Forms:
-    return make("resnet56", tmp_path_factory.mktemp("resnet56"))
+    return make("resnet56", tmp_path_factory.mktemp("resnet56"), "entropy")
 
 
 def input_name(forms: Forms) -> str:

@@ -60,6 +60,7 @@ def test_labels_change_only_the_report(compiled: Compiled, tmp_path: Path) -> No
     assert unlabelled.plans == compiled.manifest.plans
     assert unlabelled.evaluation.accuracy is None
     labelled = contents(compiled.path)
+    assert labelled.pop("right.npz"), "which test rows are answered right, beside the report"
     assert contents(tmp_path / "blind") == labelled
 
 

@@ -15,6 +15,7 @@ from models import INF, Attention, Chain, Sized, captured, rows, sentences, with
 from offramp.compiler import emit
 from offramp.passes import ExitProgram, Limits, find_candidates
 from offramp.runtime.errors import UsageError
+from offramp.runtime.execution import ASK
 from offramp.runtime.manifest import StageSpec
 
 
@@ -58,10 +59,34 @@ def test_every_file_passes_the_full_check(chain: Emitted, attention: Emitted) ->
 
 
 def test_stages_are_named_as_the_manifest_says(attention: Emitted) -> None:
-    for spec in attention.specs:
+    for index, spec in enumerate(attention.specs):
         session = ort.InferenceSession(attention.files[spec.file])
-        assert [i.name for i in session.get_inputs()] == list(spec.inputs)
+        ask = [ASK] if index < len(attention.specs) - 1 else []
+        assert [i.name for i in session.get_inputs()] == [*spec.inputs, *ask]
         assert [o.name for o in session.get_outputs()] == [*spec.outputs, "probabilities", "confidence"]
+
+
+def test_an_exit_that_is_not_asked_lets_no_row_go_and_computes_no_head(attention: Emitted) -> None:
+    spec = attention.specs[0]
+    model = onnx.load_from_string(attention.files[spec.file])
+    (choice,) = [node for node in model.graph.node if node.op_type == "If"]
+    branches = {a.name: a.g for a in choice.attribute}
+    heads = {weight.name for weight in branches["then_branch"].initializer}
+    assert heads
+    assert not heads & {weight.name for weight in model.graph.initializer}
+    assert {n.op_type for n in branches["else_branch"].node} <= {"Shape", "Concat", "ConstantOfShape"}
+    session = ort.InferenceSession(attention.files[spec.file])
+    feed = {
+        i.name: np.zeros([3, *i.shape[1:]], np.int64 if "int" in i.type else np.float32)
+        for i in session.get_inputs()[:-1]
+    }
+    silent = session.run(None, {**feed, ASK: np.array(False)})
+    asked = session.run(None, {**feed, ASK: np.array(True)})
+    for quiet, loud in zip(silent[:-2], asked[:-2], strict=True):
+        assert np.array_equal(quiet, loud)
+    assert silent[-2].shape == asked[-2].shape
+    assert np.isneginf(silent[-1]).all()
+    assert (asked[-1] > 0).all()
 
 
 def test_the_single_file_is_named_as_the_model_is(attention: Emitted) -> None:

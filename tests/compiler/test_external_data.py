@@ -33,7 +33,7 @@ def large(compiled: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in compiled.manifest.all_files():
         if name.endswith(".onnx"):
             files.update(model_files(onnx.load(compiled.path / name), name, LIMIT))
-        elif name != "report.html":
+        elif name in compiled.manifest.files:
             files[name] = (compiled.path / name).read_bytes()
     specs = {name: file_spec(data) for name, data in files.items()}
     files["report.html"] = (compiled.path / "report.html").read_bytes()

@@ -193,7 +193,7 @@ FORGERIES = [
     ("newer version", put("format_version"), 3, r"format version 3 is newer than this offramp reads \(2\)"),
     ("older version", put("format_version"), 0, "format version 0 is not 2"),
     ("version as text", put("format_version"), "1", "format version '1' is not 2"),
-    ("version as bool", put("format_version"), True, "format_version: True is not int"),
+    ("version as bool", put("format_version"), True, "format version True is not 2"),
     ("extra field", put("surplus"), 1, r"m\.surplus: not a field"),
     ("extra nested field", put("plans", 0, "surplus"), 1, r"m\.plans\[0\]\.surplus: not a field"),
     ("bool for number", put("classes"), True, r"m\.classes: True is not int"),
