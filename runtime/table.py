@@ -192,7 +192,11 @@ def _tuned(manifest: Manifest, tuned: Tuned) -> str:
         ("before", f"{tuned.before_ms:.4f}", percent(1 - tuned.before_ms / max(tuned.backbone_ms, 1e-9))),
         ("after", f"{tuned.after_ms:.4f}", percent(1 - tuned.after_ms / max(tuned.backbone_ms, 1e-9))),
     ]
-    threads = "ONNX Runtime's choice of threads" if tuned.threads is None else f"{tuned.threads} threads"
+    threads = (
+        "ONNX Runtime's choice of threads"
+        if tuned.threads is None
+        else f"{tuned.threads} thread{'s' if tuned.threads > 1 else ''}"
+    )
     return (
         f"Tuned on {tuned.machine}, {threads}, for {tuned.objective}\n"
         + _indent(_columns(lines, left=(1,)))
