@@ -192,13 +192,9 @@ def _tuned(manifest: Manifest, tuned: Tuned) -> str:
         ("before", f"{tuned.before_ms:.4f}", percent(1 - tuned.before_ms / max(tuned.backbone_ms, 1e-9))),
         ("after", f"{tuned.after_ms:.4f}", percent(1 - tuned.after_ms / max(tuned.backbone_ms, 1e-9))),
     ]
-    threads = (
-        "ONNX Runtime's choice of threads"
-        if tuned.threads is None
-        else f"{tuned.threads} thread{'s' if tuned.threads > 1 else ''}"
-    )
+    threads = "ONNX Runtime's choice" if tuned.threads is None else str(tuned.threads)
     return (
-        f"Tuned on {tuned.machine}, {threads}, for {tuned.objective}\n"
+        f"Tuned on {tuned.machine}, threads: {threads}, for {tuned.objective}\n"
         + _indent(_columns(lines, left=(1,)))
         + "\n  expected on the selection rows, and saved\n"
         + _indent(_indent(_columns(gains, left=(0,))))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from models import Compiled
 from tiny import Tiny, batch, reference
 
 import offramp.runtime
@@ -95,7 +96,7 @@ print(*answers.exits)
 """
 
 
-def test_numpy_and_onnxruntime_are_enough(tiny: Tiny, tmp_path: Path) -> None:
+def test_numpy_and_onnxruntime_are_enough(tiny: Tiny, compiled: Compiled, tmp_path: Path) -> None:
     """A virtual environment of its own, with the packages of this one linked: no network is needed."""
     venv.create(tmp_path / "env", symlinks=True, with_pip=False)
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
@@ -121,6 +122,8 @@ def test_numpy_and_onnxruntime_are_enough(tiny: Tiny, tmp_path: Path) -> None:
     assert [int(exit) for exit in bare("-c", BARE, *words).split()] == reference(batch(50), (0.55, 0.5))[1].tolist()
     out = str(tmp_path / "answers.npz")
     assert "50 rows" in bare("-m", "offramp.runtime", "run", words[0], "--data", words[1], "-o", out)
+    tuned = str(tmp_path / "tuned")
+    assert "tuned artifact" in bare("-m", "offramp.runtime", "tune", str(compiled.path), "-o", tuned, "--threads", "1")
 
 
 def test_unknown_providers_are_refused_with_those_there(tiny: Tiny) -> None:
