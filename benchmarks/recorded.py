@@ -1,0 +1,144 @@
+"""What trained heads said of rows that no head has learned from, kept in a small file each.
+
+    python -m benchmarks.recorded [--tasks resnet20 resnet56 sst2] [--kind searched]
+
+Trains the heads of `benchmarks.heads`, or takes up those it has trained, asks them once, times every stage of the
+program that has an exit at each of them, and writes `benchmarks/results/records/TASK.npz`. Selection can then be
+studied without weights, data or torch: `benchmarks.thresholds` and a test do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.heads import WORK
+from benchmarks.tables import log
+from benchmarks.tasks import TASKS, Task
+from benchmarks.zoo.program import write
+from offramp.compiler import (
+    Head,
+    Options,
+    Recording,
+    RowSplits,
+    Training,
+    calibrate,
+    costs,
+    prepare,
+    record,
+    train,
+)
+from offramp.compiler.search import Search
+from offramp.passes import METRICS, Backbone, ExitPlan, PlannedExit, build_program
+from offramp.runtime.artifact import open_artifact
+from offramp.runtime.selection import Costs, Records
+from offramp.runtime.stage_times import StageTimes, measure_stages
+
+FOLDER = Path(__file__).parent / "results" / "records"
+BATCHES = (1, 32)
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """One file. Rows that a search was scored on come first: they may choose exits, and judge nothing."""
+
+    confidence: dict[str, np.ndarray]  # by metric: [rows, candidates] float32
+    agrees: np.ndarray  # [rows, candidates] bool
+    regret: np.ndarray  # [rows, candidates] float32
+    right: np.ndarray  # [rows, candidates + 1] bool: as the labels say, the backbone last
+    seen: int  # rows a search was scored on
+    costs: Costs  # FLOPs per row
+    times: StageTimes  # of the program with all these exits
+    threads: int
+
+    def records(self, metric: str = METRICS[0]) -> Records:
+        """As selection reads them."""
+        return Records(self.confidence[metric], self.agrees, self.confidence[METRICS[0]], self.regret)
+
+
+def read(name: str) -> Recorded:
+    """A task's file."""
+    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
+        kept = dict(file)
+    return Recorded(
+        {metric: kept[metric] for metric in METRICS}, kept["agrees"], kept["regret"], kept["right"], int(kept["seen"]),
+        Costs(kept["segment_flops"], kept["head_flops"]),
+        StageTimes(tuple(kept["sizes"].tolist()), kept["silent_ms"], kept["asked_ms"]), int(kept["threads"]),
+    )  # fmt: skip
+
+
+def collect(task: Task, training: Training, search: Search, kind: str, seed: int, threads: int) -> None:
+    """Train, ask, time, write."""
+    options = Options(
+        training=replace(training, **task.training), search=replace(search, **task.search), seed=seed, threads=threads,
+        max_candidates=task.max_candidates,
+    )  # fmt: skip
+    certify, test = np.array_split(task.judged, 2)
+    splits = RowSplits(seed, task.learn, task.validate, task.score, certify, test)
+    ready = prepare(task.model, task.rows, options=options, splits=splits, name=task.name, say=log)
+    heads = train(ready, options, WORK / f"heads-{task.name}-{kind}.work", log)
+    temperatures = calibrate(record(ready.backbone, heads, ready.rows, task.validate, "calibrate"))
+    asked = np.concatenate([task.score, task.judged])
+    said = record(ready.backbone, heads, ready.rows, asked, "answers")
+    some = dict(ready.rows.take(asked[: max(BATCHES)]))
+    times = stage_times(ready.backbone, heads, temperatures, some, threads)
+    price = costs(ready.backbone, heads)
+    FOLDER.mkdir(exist_ok=True)
+    arrays: dict[str, Any] = {
+        "agrees": said.classes() == said.backbone_classes[:, None],
+        "regret": said.regret(),
+        "right": right(said, task.labels[asked]),
+        "seen": np.array(len(task.score)),
+        "segment_flops": price.segment,
+        "head_flops": price.head,
+        "sizes": np.array(times.sizes),
+        "silent_ms": times.silent,
+        "asked_ms": times.asked,
+        "threads": np.array(threads),
+        **{metric: said.confidence(temperatures, metric) for metric in METRICS},
+    }
+    np.savez_compressed(FOLDER / f"{task.name}.npz", **arrays)
+
+
+def right(said: Recording, labels: np.ndarray) -> np.ndarray:
+    """[rows, candidates + 1] bool."""
+    found: np.ndarray = np.column_stack([said.classes(), said.backbone_classes]) == labels[:, None]
+    return found
+
+
+def stage_times(
+    backbone: Backbone,
+    heads: tuple[Head, ...],
+    temperatures: tuple[float, ...],
+    rows: dict[str, np.ndarray],
+    threads: int,
+) -> StageTimes:
+    """Every stage of the program with an exit at each head."""
+    exits = tuple(PlannedExit(h.candidate.name, t, 0.5) for h, t in zip(heads, temperatures, strict=True))
+    program = build_program(backbone, ExitPlan(exits), {h.candidate.name: h.module for h in heads})
+    folder = WORK / f"all-exits-{backbone.name}"
+    write(program, ("onnx-segments",), folder)
+    return measure_stages(open_artifact(folder), max(BATCHES), threads, rows=rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["resnet20", "resnet56", "sst2"])
+    parser.add_argument("--kind", choices=["searched", "default"], default="searched")
+    parser.add_argument("--epochs", type=int, default=Training.epochs)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    search = Search(engine="tpe") if args.kind == "searched" else Search()
+    for name in args.tasks:
+        collect(TASKS[name](args.seed), Training(epochs=args.epochs), search, args.kind, args.seed, args.threads)
+
+
+if __name__ == "__main__":
+    main()
