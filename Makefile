@@ -46,6 +46,9 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.single_file
 	$(BIN)/python -m benchmarks.heads
 	$(BIN)/python -m benchmarks.search_cost
+	$(BIN)/python -m benchmarks.ablation
+	$(BIN)/python -m benchmarks.recorded
+	$(BIN)/python -m benchmarks.thresholds
 
 # Hundreds of models with random weights: its own environment, for it needs torchvision and timm, and hours. Stopped,
 # it goes on where it was; docs/zoo.md is written of what is done.

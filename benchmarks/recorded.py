@@ -24,7 +24,7 @@ from benchmarks.zoo.program import write
 from offramp.compiler import (
     Head,
     Options,
-    Recording,
+    Ready,
     RowSplits,
     Training,
     calibrate,
@@ -72,43 +72,48 @@ def read(name: str) -> Recorded:
     )  # fmt: skip
 
 
-def collect(task: Task, training: Training, search: Search, kind: str, seed: int, threads: int) -> None:
-    """Train, ask, time, write."""
-    options = Options(
-        training=replace(training, **task.training), search=replace(search, **task.search), seed=seed, threads=threads,
-        max_candidates=task.max_candidates,
-    )  # fmt: skip
+def made_ready(task: Task, options: Options) -> Ready:
+    """The task's model and rows, its score rows choosing exits."""
     certify, test = np.array_split(task.judged, 2)
-    splits = RowSplits(seed, task.learn, task.validate, task.score, certify, test)
-    ready = prepare(task.model, task.rows, options=options, splits=splits, name=task.name, say=log)
-    heads = train(ready, options, WORK / f"heads-{task.name}-{kind}.work", log)
+    splits = RowSplits(options.seed, task.learn, task.validate, task.score, certify, test)
+    return prepare(task.model, task.rows, options=options, splits=splits, name=task.name, say=log)
+
+
+def observe(task: Task, ready: Ready, heads: tuple[Head, ...], threads: int) -> Recorded:
+    """Ask trained heads about every row that no head has learned from, and time them."""
     temperatures = calibrate(record(ready.backbone, heads, ready.rows, task.validate, "calibrate"))
     asked = np.concatenate([task.score, task.judged])
     said = record(ready.backbone, heads, ready.rows, asked, "answers")
     some = dict(ready.rows.take(asked[: max(BATCHES)]))
-    times = stage_times(ready.backbone, heads, temperatures, some, threads)
-    price = costs(ready.backbone, heads)
-    FOLDER.mkdir(exist_ok=True)
+    return Recorded(
+        {metric: said.confidence(temperatures, metric) for metric in METRICS},
+        said.classes() == said.backbone_classes[:, None],
+        said.regret(),
+        np.column_stack([said.classes(), said.backbone_classes]) == task.labels[asked][:, None],
+        len(task.score),
+        costs(ready.backbone, heads),
+        stage_times(ready.backbone, heads, temperatures, some, threads),
+        threads,
+    )
+
+
+def write_file(name: str, kept: Recorded) -> None:
+    """What `read` reads."""
     arrays: dict[str, Any] = {
-        "agrees": said.classes() == said.backbone_classes[:, None],
-        "regret": said.regret(),
-        "right": right(said, task.labels[asked]),
-        "seen": np.array(len(task.score)),
-        "segment_flops": price.segment,
-        "head_flops": price.head,
-        "sizes": np.array(times.sizes),
-        "silent_ms": times.silent,
-        "asked_ms": times.asked,
-        "threads": np.array(threads),
-        **{metric: said.confidence(temperatures, metric) for metric in METRICS},
+        "agrees": kept.agrees,
+        "regret": kept.regret,
+        "right": kept.right,
+        "seen": np.array(kept.seen),
+        "segment_flops": kept.costs.segment,
+        "head_flops": kept.costs.head,
+        "sizes": np.array(kept.times.sizes),
+        "silent_ms": kept.times.silent,
+        "asked_ms": kept.times.asked,
+        "threads": np.array(kept.threads),
+        **kept.confidence,
     }
-    np.savez_compressed(FOLDER / f"{task.name}.npz", **arrays)
-
-
-def right(said: Recording, labels: np.ndarray) -> np.ndarray:
-    """[rows, candidates + 1] bool."""
-    found: np.ndarray = np.column_stack([said.classes(), said.backbone_classes]) == labels[:, None]
-    return found
+    FOLDER.mkdir(exist_ok=True)
+    np.savez_compressed(FOLDER / f"{name}.npz", **arrays)
 
 
 def stage_times(
@@ -137,7 +142,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     search = Search(engine="tpe") if args.kind == "searched" else Search()
     for name in args.tasks:
-        collect(TASKS[name](args.seed), Training(epochs=args.epochs), search, args.kind, args.seed, args.threads)
+        task = TASKS[name](args.seed)
+        options = Options(
+            training=replace(Training(epochs=args.epochs), **task.training), search=replace(search, **task.search),
+            seed=args.seed, threads=args.threads, max_candidates=task.max_candidates,
+        )  # fmt: skip
+        ready = made_ready(task, options)
+        heads = train(ready, options, WORK / f"heads-{name}-{args.kind}.work", log)
+        write_file(name, observe(task, ready, heads, args.threads))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def judged(name: str, choice: Choice, split: int) -> dict[str, float] | None:
     accuracy = correct[np.arange(len(taken)), taken].mean() - correct[:, -1].mean()
     return {
         "saved": 1 - expected_cost(test, kept.costs, *plan) / float(kept.costs.reach[-1]),
-        **{f"time_saved_{batch}": _time_saved(kept, found, taken, batch) for batch in BATCHES},
+        **{f"time_saved_{batch}": time_saved(kept, found, taken, batch) for batch in BATCHES},
         "disagreement": disagreement(test, *plan),
         "risk": realised_risk(test, *plan),
         "accuracy_change": float(accuracy),
@@ -110,7 +110,7 @@ def _chosen(choice: Choice, selected: Records, held_out: Records, kept: Recorded
     return select(choice.policy, selected, kept.costs, choice.tolerance)
 
 
-def _time_saved(kept: Recorded, found: Selection, taken: np.ndarray, batch: int) -> float:
+def time_saved(kept: Recorded, found: Selection, taken: np.ndarray, batch: int) -> float:
     """Against the same stages with every exit silent."""
     last = len(kept.costs.head)
     stage = np.array([*found.chosen, last])[taken]
