@@ -8,7 +8,7 @@ dial       plans for the tolerances a deployment may turn to
 """
 
 from .bounds import DISAGREEMENT, REGRET, RISKS, rows_needed, upper_bound
-from .certify import Certified, certified, check_rows, plan_path
+from .certify import Certified, certified, check_rows, plan_path, walk
 from .dial import CERTIFIED, PREDICTED, TOLERANCES, dial, evidence, exit_sets, plans_over
 from .joint import column
 from .policies import POLICIES, equal, equation_3_threshold, equation_4_score, geometric, joint, select
@@ -56,4 +56,5 @@ __all__ = [
     "rows_needed",
     "select",
     "upper_bound",
+    "walk",
 ]

@@ -63,13 +63,18 @@ def certified(
     """
     if not 0 < delta < 1:
         raise UsageError(f"delta {delta} is not a probability; give a number between 0 and 1, such as 0.05")
-    nothing = Selection((), (), "certified", tolerance, float(costs.reach[-1]), 0.0)
-    best = Certified(nothing, delta, held_out.rows, 0, 0.0)
     if tolerance <= 0:
-        return best
+        return walk((), held_out, costs, tolerance, delta)
     check_rows(held_out.rows, tolerance, delta)
+    return walk(plan_path(selected, costs, tolerance, watch), held_out, costs, tolerance, delta)
+
+
+def walk(path: Iterable[Selection], held_out: Records, costs: Costs, tolerance: float, delta: float) -> Certified:
+    """The last plan of a path before the first one that fails; the path must not depend on the certification rows."""
     kind, rows = held_out.kind, held_out.rows
-    for selection in plan_path(selected, costs, tolerance, watch):
+    nothing = Selection((), (), "certified", tolerance, float(costs.reach[-1]), 0.0)
+    best = Certified(nothing, delta, rows, 0, 0.0)
+    for selection in path:
         observed = round(realised_risk(held_out, selection.chosen, selection.thresholds) * rows, 6)
         if RISKS[kind].p_value(observed, rows, tolerance) > delta:
             break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,14 +12,17 @@ from scipy.stats import binom
 
 from offramp.runtime.errors import InputError, UsageError
 from offramp.runtime.selection import (
+    REGRET,
     Costs,
     Records,
     certified,
     disagreement,
     exits_taken,
     plan_path,
+    realised_risk,
     rows_needed,
     upper_bound,
+    walk,
 )
 
 COSTS = Costs(np.array([0.3, 0.3, 0.4]), np.array([0.01, 0.01]))
@@ -78,21 +83,29 @@ def test_the_promise_is_kept_on_simulated_data() -> None:
     risks = [disagreement(truth, p.chosen, p.thresholds) for p in path]
     broken = 0
     for seed in range(500):
-        found = certified_along(path, population(500, 1000 + seed))
-        broken += found >= 0 and risks[found] > TOLERANCE
+        found = walk(path, population(500, 1000 + seed), COSTS, TOLERANCE, DELTA).selection
+        broken += bool(found.chosen) and risks[path.index(found)] > TOLERANCE
     assert broken <= binom.ppf(0.999, 500, DELTA)
     assert max(risks) > TOLERANCE  # else nothing could have been broken
 
 
-def certified_along(path: list, held_out: Records) -> int:  # type: ignore[type-arg]
-    """The index `certified` would stop at on this path, which does not depend on the certification rows."""
-    last = -1
-    for index, plan in enumerate(path):
-        observed = round(disagreement(held_out, plan.chosen, plan.thresholds) * held_out.rows)
-        if binom.cdf(observed, held_out.rows, TOLERANCE) > DELTA:
-            break
-        last = index
-    return last
+def test_the_promise_is_kept_on_regret() -> None:
+    """The same for a risk that is a mean: 500 certificates, and plans bold enough to break it."""
+
+    def costly(rows: int, seed: int) -> Records:
+        said = population(rows, seed)
+        lost = np.random.default_rng(seed).beta(2, 1, said.agrees.shape).astype(np.float32)
+        return replace(said, regret=np.where(said.agrees, np.float32(0), lost), kind=REGRET)
+
+    truth = costly(200_000, 99)
+    path = list(plan_path(costly(1500, 3), COSTS, TOLERANCE))
+    risks = [realised_risk(truth, p.chosen, p.thresholds) for p in path]
+    found = [walk(path, costly(500, 1000 + seed), COSTS, TOLERANCE, DELTA) for seed in range(500)]
+    broken = sum(bool(f.selection.chosen) and risks[path.index(f.selection)] > TOLERANCE for f in found)
+    assert broken <= binom.ppf(0.999, 500, DELTA)
+    assert max(risks) > TOLERANCE
+    assert sum(bool(f.selection.chosen) for f in found) > 250, "nor is it kept by promising nothing"
+    assert all(f.bound <= TOLERANCE for f in found if f.selection.chosen)
 
 
 def test_a_hopeless_case_gets_no_exits() -> None:
