@@ -3,8 +3,8 @@
     python -m benchmarks.tuned [--tasks resnet20 resnet56 sst2] [--batches 1 8 32]
 
 Takes the artifacts that `benchmarks.heads` has made, chosen by FLOPs, tunes each for every batch size, and times both
-against the plain backbone in ONNX Runtime on the artifact's own test rows, each pair interleaved round by round. Risk and
-accuracy are those of the test rows. Writes benchmarks/results/tuned.json and the README's table.
+against the plain backbone in ONNX Runtime on the artifact's own test rows, each pair interleaved round by round.
+Disagreement is that of the test rows. Writes benchmarks/results/tuned.json and the README's table.
 """
 
 from __future__ import annotations

@@ -121,6 +121,32 @@ def test_the_default_policy_writes_its_certificate(tmp_path: Path) -> None:
         assert plan.certificate.rows == manifest.splits.certify
 
 
+@pytest.mark.parametrize(("risk", "metric"), [("regret", "margin"), ("regret", "entropy"), ("disagreement", "margin")])
+def test_other_risks_and_metrics_are_chosen_by_certified_and_served(tmp_path: Path, risk: str, metric: str) -> None:
+    options = Options(tolerance=0.3, delta=0.1, risk=risk, metric=metric, training=LEARNS, batches=())
+    manifest = compile(chain(), CHAIN_ROWS, tmp_path / "out", options=options)
+    assert (manifest.risk, manifest.confidence) == (risk, metric)
+    assert len(manifest.exits) > 1, "else there is nothing to see"
+    plan = manifest.plans[manifest.default_plan]
+    assert plan.certificate is not None
+    assert plan.certificate.bound <= 0.3
+    seen = manifest.evaluation
+    assert 0 <= seen.regret <= seen.disagreement, "a disagreement costs at most a whole answer"
+    given = {}
+    for executor in ("segments", "single-file"):
+        with load(tmp_path / "out", threads=1, executor=executor) as session:  # type: ignore[arg-type]
+            given[executor] = session.run(CHAIN_ROWS[:60])
+    staged, whole = given["segments"], given["single-file"]
+    assert np.array_equal(staged.exits, whole.exits)
+    np.testing.assert_allclose(staged.confidence, whole.confidence, atol=1e-5)
+    ordered = np.sort(staged.probabilities, axis=1)
+    if metric == "margin":
+        np.testing.assert_allclose(staged.confidence, ordered[:, -1] - ordered[:, -2], atol=1e-6)
+    else:
+        entropy = -(ordered * np.log(np.maximum(ordered, 1e-30))).sum(1)
+        np.testing.assert_allclose(staged.confidence, 1 - entropy / np.log(4), atol=1e-5)
+
+
 def test_a_failure_leaves_the_old_artifact(compiled: Compiled, tmp_path: Path) -> None:
     out = tmp_path / "out"
     manifest = open_artifact(compiled.path).manifest
@@ -165,6 +191,8 @@ def test_an_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
         ({"tolerance": 1.5}, "tolerance 1.5 is not a share of rows; give a number from 0 to 1"),
         ({"tolerance": float("nan")}, "tolerance nan"),
         ({"policy": "greedy"}, "policy 'greedy' does not exist; choose one of"),
+        ({"risk": "fear"}, "risk 'fear' does not exist; choose one of disagreement, regret"),
+        ({"metric": "luck"}, "confidence metric 'luck' does not exist; choose one of max_probability"),
         ({"targets": ("tflite",)}, "target tflite is unknown; use onnx-segments or onnx"),
         ({"targets": ()}, r"target \(none\) is unknown"),
         ({"seed": -1}, "seed -1 is negative"),
