@@ -65,11 +65,17 @@ def read(name: str) -> Recorded:
     """A task's file."""
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
         kept = dict(file)
+    sizes = tuple(kept["sizes"].tolist())
     return Recorded(
-        {metric: kept[metric] for metric in METRICS}, kept["agrees"], kept["regret"], kept["right"], int(kept["seen"]),
+        {metric: kept[metric] for metric in METRICS},
+        kept["agrees"],
+        kept["regret"],
+        kept["right"],
+        int(kept["seen"]),
         Costs(kept["segment_flops"], kept["head_flops"]),
-        StageTimes(tuple(kept["sizes"].tolist()), kept["silent_ms"], kept["asked_ms"]), int(kept["threads"]),
-    )  # fmt: skip
+        StageTimes(sizes, kept["silent_ms"], kept["asked_ms"], kept["gather_ms"]),
+        int(kept["threads"]),
+    )
 
 
 def made_ready(task: Task, options: Options) -> Ready:
@@ -109,6 +115,7 @@ def write_file(name: str, kept: Recorded) -> None:
         "sizes": np.array(kept.times.sizes),
         "silent_ms": kept.times.silent,
         "asked_ms": kept.times.asked,
+        "gather_ms": kept.times.gather,
         "threads": np.array(kept.threads),
         **kept.confidence,
     }

@@ -168,6 +168,11 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
         "--preprocess", metavar="STEPS", help="for a folder of images, like resize=256,crop=224,std=0.5"
     )
     parser.add_argument("--labels", choices=["folders"], help="for a folder of images with one sub-folder per class")
+    parser.add_argument(
+        "--static", metavar="MODEL",
+        help="a smaller model for the same classes, trained already, that the report sets beside the artifact",
+    )  # fmt: skip
+    parser.add_argument("--static-weights", type=Path, metavar="FILE", help="its state dict, as for --weights")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="the artifact to write")
     parser.add_argument(
         "--tolerance", type=float, default=Options.tolerance, metavar="T",
@@ -252,8 +257,14 @@ def _augmentation(text: str) -> str | Augment:
     return load_reference(text) if is_reference(text) else text
 
 
+def _static(args: argparse.Namespace) -> nn.Module | ExportedProgram | None:
+    if args.static is None and args.static_weights is not None:
+        raise UsageError("--static-weights without a model they belong to; give --static too, or leave them out")
+    return None if args.static is None else load_model(args.static, args.static_weights)
+
+
 def _run_compile(args: argparse.Namespace) -> int:
-    model = load_model(args.model, args.weights)
+    model, static = load_model(args.model, args.weights), _static(args)
     rows = open_data(args.data, inputs=None, preprocessing=args.preprocess, labels=args.labels)
     options = Options(
         tolerance=args.tolerance,
@@ -272,7 +283,10 @@ def _run_compile(args: argparse.Namespace) -> int:
         signature=_signature(args),
         preprocessing=args.preprocess,
     )
-    manifest = compile(model, rows, args.output, options=options, name=_title(args.model), work=args.work, say=_log)
+    manifest = compile(
+        model, rows, args.output, options=options, name=_title(args.model), static=static,
+        static_name=_title(args.static) if args.static else None, work=args.work, say=_log,
+    )  # fmt: skip
     _say(render(manifest))
     _say(f"\nartifact  {args.output}\nreport    {args.output / 'report.html'}")
     return 0

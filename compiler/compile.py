@@ -63,6 +63,7 @@ from .progress import bar
 from .record import Recording, calibrate, record
 from .search import NONE, Found, search_heads
 from .splits import RowSplits, check_splits, split_rows
+from .static import capture_static
 from .stream import tensors
 
 _EXAMPLE_ROWS = 8
@@ -80,6 +81,8 @@ def compile(
     options: Options | None = None,
     splits: RowSplits | None = None,
     name: str | None = None,
+    static: nn.Module | ExportedProgram | None = None,
+    static_name: str | None = None,
     work: Path | None = None,
     say: Say = lambda line: None,
 ) -> Manifest:
@@ -87,16 +90,20 @@ def compile(
 
     `data` holds preprocessed rows (an array for a single input, arrays by input name, or any `Rows`); `labels`
     `[rows]` are used in the report only. `splits` says which rows may touch what, for those who know better than
-    the shuffle by `options.seed`: to certify on rows of another day, say. Heads in training are kept in `<out>.work`
-    until the artifact stands, so that an interrupted call goes on where it was; with `work` they are kept there and
-    stay, so that the next call under another tolerance or policy need not train them again. `say` receives one line
-    per step.
+    the shuffle by `options.seed`: to certify on rows of another day, say. `static` is a smaller model for the same
+    classes and inputs, which the report sets beside the artifact; it changes nothing else. Heads in training are kept
+    in `<out>.work` until the artifact stands, so that an interrupted call goes on where it was; with `work` they are
+    kept there and stay, so that the next call under another tolerance or policy need not train them again. `say`
+    receives one line per step.
 
     Raises `ModelError`, `NoCandidateError`, `InputError`, `UsageError` or `StorageError`; then `out` is as it was.
     """
     out, options = Path(out), options or Options()
     check_output(out)
-    ready = prepare(model, data, labels=labels, options=options, splits=splits, name=name, say=say)
+    ready = prepare(
+        model, data, labels=labels, options=options, splits=splits, name=name, static=static, static_name=static_name,
+        say=say,
+    )  # fmt: skip
     kept = work or out.absolute().with_name(out.name + ".work")
     heads = train(ready, options, kept, say)
     manifest = finish(ready, heads, out, options, say)
@@ -115,6 +122,7 @@ class Ready:
     splits: RowSplits
     plain: ModelBytes | None  # the backbone alone as ONNX
     trace: Trace  # the graph after every pass
+    static: Backbone | None = None  # a smaller model to compare with
 
 
 def prepare(
@@ -125,6 +133,8 @@ def prepare(
     options: Options | None = None,
     splits: RowSplits | None = None,
     name: str | None = None,
+    static: nn.Module | ExportedProgram | None = None,
+    static_name: str | None = None,
     say: Say = lambda line: None,
 ) -> Ready:
     """The first part of `compile`: capture, candidates, and whether the rest can be done at all."""
@@ -139,6 +149,7 @@ def prepare(
             model, example, name=name, dynamic=said.dynamic, output=said.output, scores=said.scores, say=say
         )
     rows = fit_rows(rows, input_specs(backbone))
+    beside = None if static is None else capture_static(static, example, static_name, backbone)
     found = find_candidates(backbone, limits=options.limits)
     found = keep_independent(backbone, found, bind(backbone.inputs, example, backbone.name))
     plain = plain_model(backbone, options.targets)  # an operator no target can express is better found before training
@@ -148,7 +159,7 @@ def prepare(
         check_rows(len(splits.certify), options.tolerance, options.delta)
     _, augment = find_augmentation(options.training.augment, backbone.inputs)
     apply(augment, tensors(rows, np.arange(min(_EXAMPLE_ROWS, len(rows)))), torch.Generator())
-    return Ready(backbone, candidates, rows, splits, plain, trace)
+    return Ready(backbone, candidates, rows, splits, plain, trace, beside)
 
 
 def finish(
@@ -175,7 +186,7 @@ def finish(
     plans = dial(selection, certificate, recorded, price, options.dial, options.policy, options.delta, sets)
     job = Job(
         rows, splits, heads, temperatures, recorded, said["test"], sets, price, selection, plans, ready.plain, options,
-        ready.trace,
+        ready.trace, ready.static,
     )  # fmt: skip
     manifest, files = pack(program, job)
     write_artifact(Path(out), manifest, files)

@@ -4,6 +4,8 @@ Every round runs the same rows through the backbone in one session, through the 
 stage alone on the rows that reach it; what is compared is the ratio within a round, so that a busy machine
 slows both sides. The sum over stages is the ideal: no executor can beat it, and what lies between it and the
 artifact's time is the executor's own.
+
+The other plans of the dial are timed against the backbone in the same way, in fewer rounds and for the report only.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from .progress import bar
 
 BATCHES = (1, 32)
 ROUNDS = 30
+DIAL_SHARE = 5  # of the rounds one in so many times the whole dial
 _SECONDS = 0.1  # per side and round: long enough for the clock, short enough to interleave
 _PROVIDERS = ["CPUExecutionProvider"]
 
@@ -61,16 +64,7 @@ class Bench:
 
     def timing(self, data: Rows, rows: np.ndarray, batch: int, rounds: int, seed: int) -> Timing:
         """Time `batch` rows at a time, drawn from `rows`, over `rounds` rounds."""
-        generator = np.random.default_rng([seed, batch])
-
-        def draw(calls: int) -> list[Batch]:
-            return [data.take(generator.choice(rows, batch, replace=len(rows) < batch)) for _ in range(calls)]
-
-        warm = draw(3)
-        for one in warm:
-            self._backbone(one)
-            self.session.run(one)
-        calls = int(np.clip(_SECONDS / max(_seconds(self._backbone, warm) / len(warm), 1e-6), 1, 256))
+        draw, calls = self._warmed(data, rows, batch, seed)
         plain, ours, alone = [], [], []
         for index in bar(range(rounds), f"measure batch {batch}", rounds):
             work = draw(calls)
@@ -96,6 +90,34 @@ class Bench:
             ideal_ms=float(np.median(stages.sum(1))) if self.stages else None,
             stage_ms=tuple(float(m) for m in np.median(stages, axis=0)),
         )
+
+    def dial(
+        self, data: Rows, rows: np.ndarray, batch: int, rounds: int, seed: int, plans: Sequence[Sequence[float]]
+    ) -> tuple[float, ...]:
+        """Thresholds [exits - 1] of every plan -> its ratio, offramp / backbone, median over rounds."""
+        draw, calls = self._warmed(data, rows, batch, seed)
+        ratios = []
+        for _ in bar(range(rounds), f"measure the dial at batch {batch}", rounds):
+            work = draw(calls)
+            plain = _seconds(self._backbone, work)
+            ratios.append([_seconds(self._under(limits), work) / plain for limits in plans])
+        return tuple(float(ratio) for ratio in np.median(ratios, axis=0))
+
+    def _warmed(self, data: Rows, rows: np.ndarray, batch: int, seed: int) -> tuple[Callable[[int], list[Batch]], int]:
+        """-> what draws so many batches, and how many of them the clock needs; both sides have run."""
+        generator = np.random.default_rng([seed, batch])
+
+        def draw(calls: int) -> list[Batch]:
+            return [data.take(generator.choice(rows, batch, replace=len(rows) < batch)) for _ in range(calls)]
+
+        warm = draw(3)
+        for one in warm:
+            self._backbone(one)
+            self.session.run(one)
+        return draw, int(np.clip(_SECONDS / max(_seconds(self._backbone, warm) / len(warm), 1e-6), 1, 256))
+
+    def _under(self, thresholds: Sequence[float]) -> Callable[[Batch], object]:
+        return lambda batch: self.session.run(batch, thresholds=thresholds)
 
     def _backbone(self, batch: Batch) -> None:
         self.backbone.run(["probabilities"], batch)

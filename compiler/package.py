@@ -23,6 +23,7 @@ from offramp.runtime.errors import UsageError
 from offramp.runtime.manifest import (
     FORMAT_VERSION,
     BackboneSpec,
+    Evaluation,
     ExitSpec,
     Manifest,
     Measured,
@@ -43,11 +44,13 @@ from .emit.metadata import known_before
 from .emit.torchscript import ScriptSession
 from .equivalence import compare, require
 from .evaluate import evaluate, head_costs, run_program
+from .evidence import Evidence
 from .record import Recording
 from .report import render_report
 from .search import Search
 from .signature import Signature
 from .splits import RowSplits
+from .static import evaluate_static
 from .training import Training
 
 ALL_POLICIES = (CERTIFIED, *POLICIES)
@@ -117,6 +120,12 @@ class Job:
     plain: ModelBytes | None  # the backbone alone as ONNX, to measure against; None: measure nothing
     options: Options
     trace: Trace = field(default_factory=Trace)  # the graph after every pass
+    static: Backbone | None = None  # a smaller model to compare with
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """[test rows] int64, if the data has them."""
+        return None if self.rows.labels is None else self.rows.labels[self.splits.test]
 
 
 def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
@@ -134,12 +143,14 @@ def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
         write_artifact(Path(folder) / "draft", draft, files)
         artifact = open_artifact(Path(folder) / "draft")
         _check(program, artifact, job)
-        timings = _timings(artifact, job)
+        measurements = _timings(artifact, job)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    measured = Measured(now, measure.machine(), measure.versions(), timings, {})
+    measured = Measured(now, measure.machine(), measure.versions(), tuple(t for t, _ in measurements), {})
     manifest = replace(draft, measured=measured)
-    page = render_report(manifest, job.recorded["select"], job.recorded["test"], job.costs)
-    quoting = {"report.html": page, **_labelled_files(job)}
+    quoting = {
+        "report.html": render_report(_evidence(manifest, job, [dial for _, dial in measurements])),
+        **_labelled_files(job),
+    }
     measured = replace(measured, files={name: file_spec(data) for name, data in quoting.items()})
     return replace(manifest, measured=measured), {**files, **quoting}
 
@@ -165,10 +176,10 @@ def _records_file(job: Job) -> bytes:
 
 def _labelled_files(job: Job) -> dict[str, bytes]:
     """`right.npz`, if there are labels: which test rows each candidate, and last the backbone, answers as they do."""
-    if job.rows.labels is None:
+    if job.labels is None:
         return {}
     classes = np.column_stack([job.test.classes(), job.test.backbone_classes])
-    return {RIGHT_FILE: _npz({"right": classes == job.rows.labels[job.splits.test][:, None]})}
+    return {RIGHT_FILE: _npz({"right": classes == job.labels[:, None]})}
 
 
 def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -180,7 +191,6 @@ def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
 def _describe(program: ExitProgram, job: Job) -> Manifest:
     """The manifest, but for what is emitted and measured."""
     backbone, selection, splits = program.backbone, job.selection, job.splits
-    labels = job.rows.labels[splits.test] if job.rows.labels is not None else None
     flops = round(sum(s.flops for s in program.segments))
     parts = {part: len(getattr(splits, part)) for part in ("distil", "calibrate", "select", "certify", "test")}
     return Manifest(
@@ -196,10 +206,27 @@ def _describe(program: ExitProgram, job: Job) -> Manifest:
         default_plan=[plan.tolerance for plan in job.plans].index(selection.tolerance),
         splits=Splits(splits.seed, **parts),
         preprocessing=job.options.preprocessing,
-        evaluation=evaluate(program, run_program(program, job.rows, splits.test), labels),
+        evaluation=_evaluated(program, job),
         files={},
         measured=Measured("", "", {}, (), {}),
     )
+
+
+def _evaluated(program: ExitProgram, job: Job) -> Evaluation:
+    """The program on the test rows, and the static model if there is one."""
+    rows, labels = job.splits.test, job.labels
+    seen = evaluate(program, run_program(program, job.rows, rows), labels)
+    if job.static is None:
+        return seen
+    return replace(seen, static=evaluate_static(job.static, job.rows, rows, job.test.backbone, labels))
+
+
+def _evidence(manifest: Manifest, job: Job, ratios: Sequence[Sequence[float]]) -> Evidence:
+    """What the report is drawn from; `ratios` of time [timings][plans]."""
+    return Evidence(
+        manifest, [h.candidate.place for h in job.heads], job.selection.chosen, job.temperatures, job.test,
+        job.recorded["test"], job.costs, job.labels, ratios,
+    )  # fmt: skip
 
 
 def _exit_specs(program: ExitProgram, heads: Sequence[Head]) -> tuple[ExitSpec, ...]:
@@ -236,10 +263,18 @@ def _check(program: ExitProgram, artifact: Artifact, job: Job) -> None:
         require(compare(program, script, batch), "the TorchScript file")
 
 
-def _timings(artifact: Artifact, job: Job) -> tuple[Timing, ...]:
+def _timings(artifact: Artifact, job: Job) -> tuple[tuple[Timing, tuple[float, ...]], ...]:
+    """For every batch size the default plan's times, and all plans' ratios to the backbone's."""
     options = job.options
     if not options.batches or job.plain is None:
         return ()
     bench = measure.Bench(artifact, job.plain, options.threads or measure.usable_cores())
-    test = job.splits.test
-    return tuple(bench.timing(job.rows, test, size, options.rounds, options.seed) for size in options.batches)
+    plans = [[math.inf if t is None else t for t in plan.thresholds] for plan in job.plans]
+    rounds, drawn = max(1, options.rounds // measure.DIAL_SHARE), (job.rows, job.splits.test)
+    return tuple(
+        (
+            bench.timing(*drawn, size, options.rounds, options.seed),
+            bench.dial(*drawn, size, rounds, options.seed, plans),
+        )
+        for size in options.batches
+    )

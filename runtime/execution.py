@@ -2,7 +2,8 @@
 
 Two executors give the same answers. `Segments` runs one model per stage and compacts between them: rows that
 left are dropped from every value a later stage reads, so an answered row costs nothing more and can be handed
-over at once. `SingleFile` runs `model.onnx`, which compacts inside; it answers all rows together.
+over at once. Where the manifest says that dropping so few does not pay, they are carried along unread until it does.
+`SingleFile` runs `model.onnx`, which compacts inside; it answers all rows together.
 
 A row leaves at the first exit with confidence >= threshold, both float32; an exit whose threshold is infinite
 never answers. Thresholds are the batch's or, as an array, each row's own. Both executors are read-only after
@@ -96,12 +97,15 @@ class Segments:
             reads = tuple(name for name in session.inputs if name != ASK)
             stage = _Stage(session, reads, ASK in session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on)
             self._stages.append(stage)
+        # Never for all rows: a batch that is answered whole goes no further anyway.
+        self._worth = manifest.measured.worth_dropping or (0.0,) * len(self._stages)
 
     def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
         # Between two stages the caches are ONNX Runtime's: every Python step here costs several times what it
         # costs in a loop of its own, at batch 1 a tenth of a small model in all. Hence plain floats for one row.
         live = arrays
-        rows: np.ndarray | None = None
+        rows: np.ndarray | None = None  # of the batch, by live row; None: all, in order
+        waiting: np.ndarray | None = None  # live rows not answered yet; None: all
         last = len(self._stages) - 1
         each = thresholds if isinstance(thresholds, np.ndarray) else None  # [rows, exits - 1]
         for index, stage in enumerate(self._stages):
@@ -120,23 +124,25 @@ class Segments:
             values = stage.session.run(stage.fetched, feed)
             confidence, probabilities = values.pop(), values.pop()
             if index == last:
-                yield ExitRows(index, rows, probabilities, confidence)
+                yield _whole(index, rows, waiting, probabilities, confidence)
                 return
             if len(confidence) == 1 and type(limit) is float:
-                count = int(confidence.item() >= limit)
+                count, left = int(confidence.item() >= limit), 1
             else:
-                leaves = confidence >= np.asarray(limit, np.float32)
+                leaves, left = _leaving(confidence, limit, waiting)
                 count = int(np.count_nonzero(leaves))
-            if count == len(confidence):
-                yield ExitRows(index, rows, probabilities, confidence)
+            if count == left:
+                yield _whole(index, rows, waiting, probabilities, confidence)
                 return
             live = _carry(stage, live, values)
             if count:
-                gone, stays = np.flatnonzero(leaves), np.flatnonzero(~leaves)
-                left = gone if rows is None else rows[gone]
-                yield ExitRows(index, left, probabilities[gone], confidence[gone])
-                live = {name: value.take(stays, axis=0) for name, value in live.items()}
-                rows = stays if rows is None else rows[stays]
+                gone = np.flatnonzero(leaves)
+                yield ExitRows(index, gone if rows is None else rows[gone], probabilities[gone], confidence[gone])
+                waiting = ~leaves if waiting is None else waiting & ~leaves
+                if 1 - (left - count) / len(confidence) >= self._worth[index]:
+                    stays = np.flatnonzero(waiting)
+                    live = {name: value.take(stays, axis=0) for name, value in live.items()}
+                    rows, waiting = stays if rows is None else rows[stays], None
 
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
         live = arrays
@@ -204,6 +210,24 @@ class SingleFile:
         for index in range(self._exits):
             alone = tuple(-_NEVER if exit_ == index else _NEVER for exit_ in range(self._exits - 1))
             yield from self.answer(arrays, alone)
+
+
+def _leaving(confidence: np.ndarray, limit: float | np.ndarray, waiting: np.ndarray | None) -> tuple[np.ndarray, int]:
+    """Which live rows leave here, and how many of them have waited."""
+    leaves: np.ndarray = confidence >= np.asarray(limit, np.float32)
+    if waiting is None:
+        return leaves, len(leaves)
+    return leaves & waiting, int(np.count_nonzero(waiting))
+
+
+def _whole(
+    index: int, rows: np.ndarray | None, waiting: np.ndarray | None, probabilities: np.ndarray, confidence: np.ndarray
+) -> ExitRows:
+    """All rows that still wait leave together."""
+    if waiting is None:
+        return ExitRows(index, rows, probabilities, confidence)
+    gone = np.flatnonzero(waiting)
+    return ExitRows(index, gone if rows is None else rows[gone], probabilities[gone], confidence[gone])
 
 
 def _limits(each: np.ndarray, rows: np.ndarray | None, index: int) -> float | np.ndarray:

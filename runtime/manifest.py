@@ -104,6 +104,18 @@ class ExitEvaluation:
 
 
 @dataclass(frozen=True)
+class StaticEvaluation:
+    """A smaller model named to compare with, on the held-out test rows."""
+
+    name: str
+    parameters: int
+    flops: float  # per row
+    disagreement: float  # with the backbone
+    regret: float  # mean of the backbone's p(its class) - p(the answer)
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The whole program on the held-out test rows, by the eager reference run."""
 
@@ -117,6 +129,7 @@ class Evaluation:
     flops_backbone: float  # per row
     flops: float  # per row, heads included
     oracle_flops: float  # per row, if each row left at the first exit that agrees and unasked heads were free
+    static: StaticEvaluation | None = None  # a smaller model, if one was named
 
 
 @dataclass(frozen=True)
@@ -191,6 +204,7 @@ class Measured:
     timings: tuple[Timing, ...]
     files: dict[str, FileSpec]
     tuned: Tuned | None = None
+    worth_dropping: tuple[float, ...] = ()  # [exits - 1] share of answered rows from which compaction pays; (): any
 
 
 @dataclass(frozen=True)
@@ -354,6 +368,10 @@ def _check(manifest: Manifest, where: str) -> None:
     for plan in manifest.plans:
         if len(plan.thresholds) != exits - 1:
             raise ArtifactError(f"{where}: a plan has {len(plan.thresholds)} thresholds for {exits - 1} exits")
+    if len(manifest.measured.worth_dropping) not in (0, exits - 1):
+        raise ArtifactError(
+            f"{where}: tells for {len(manifest.measured.worth_dropping)} of {exits - 1} exits to compact"
+        )
     if len(manifest.evaluation.exits) != exits:
         raise ArtifactError(f"{where}: evaluation covers {len(manifest.evaluation.exits)} of {exits} exits")
 

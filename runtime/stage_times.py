@@ -29,6 +29,26 @@ class StageTimes:
     sizes: tuple[int, ...]  # rows, ascending
     silent: np.ndarray  # [stages, sizes] the exit not asked; of the last stage, which has none, the whole
     asked: np.ndarray  # [stages, sizes] the exit asked
+    gather: np.ndarray  # [stages] of taking one row of all that the stage passes on; 0 of the last
+
+    def worth_dropping(self) -> tuple[float, ...]:
+        """[stages - 1] share of a batch's rows that must be answered for compaction behind a stage to pay.
+
+        Dropping c of n rows costs the gathering of n - c, and saves the next stage c rows' time. Where a stage takes
+        no longer for more rows, only a whole batch is worth it.
+        """
+        shares = []
+        for stage in range(len(self.silent) - 1):
+            saved = self._of_one_more_row(stage + 1)
+            shares.append(float(self.gather[stage] / (self.gather[stage] + saved)) if saved > 0 else 1.0)
+        return tuple(shares)
+
+    def _of_one_more_row(self, stage: int) -> float:
+        """Milliseconds, at the largest sizes measured; of a single size, its share."""
+        times, sizes = self.silent[stage], self.sizes
+        if len(sizes) == 1:
+            return float(times[0] / sizes[0])
+        return float((times[-1] - times[-2]) / (sizes[-1] - sizes[-2]))
 
     def call(self, stage: int, rows: np.ndarray | float, ask: bool) -> np.ndarray:
         """Milliseconds of one call on so many rows; linear between what was measured, 0 for none."""
@@ -53,7 +73,7 @@ def measure_stages(
         raise UsageError(f"{artifact.path}: has no stages to measure; compile with target onnx-segments")
     sizes = tuple(sorted({batch, *(2**power for power in range(batch.bit_length()) if 2**power <= batch)}))
     given = {spec.name: _zeros(spec, batch) for spec in manifest.inputs} if rows is None else rows
-    calls = []
+    calls, gather = [], np.zeros(len(manifest.stages))
     chosen = choose_providers(None)
     live = {name: np.ascontiguousarray(values[:batch]) for name, values in given.items()}
     for spec in manifest.stages:
@@ -61,6 +81,7 @@ def measure_stages(
         calls.append(_Calls(session, {name: live[name] for name in spec.inputs}, spec.outputs))
         known = {**live, **calls[-1].passed()}
         live = {name: known[name] for name in spec.carries}
+        gather[len(calls) - 1] = _gathering(live, batch)
     taken = np.empty((rounds, 2, len(calls), len(sizes)))
     for one in calls:
         one.warm(sizes)
@@ -69,7 +90,21 @@ def measure_stages(
             for stage, one in enumerate(calls):
                 taken[turn, ask, stage] = [one.milliseconds(size, bool(ask)) for size in sizes]
     silent, asked = np.median(taken, axis=0)
-    return StageTimes(sizes, silent, np.maximum(silent, asked))
+    return StageTimes(sizes, silent, np.maximum(silent, asked), gather)
+
+
+def _gathering(live: Mapping[str, np.ndarray], batch: int) -> float:
+    """Milliseconds per row of taking all rows of every value."""
+    if not live:
+        return 0.0
+    rows = np.arange(batch)
+    taken = []
+    for _ in range(2 * ROUNDS):
+        start = time.perf_counter()
+        for value in live.values():
+            value.take(rows, axis=0)
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken)) * 1e3 / batch
 
 
 class _Calls:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .manifest import Certificate, Evaluation, Manifest, Plan, Timing, Tuned
+from .manifest import Certificate, Evaluation, Manifest, Plan, StaticEvaluation, Timing, Tuned
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _NONE = "-"
@@ -126,7 +126,18 @@ def _whole(manifest: Manifest) -> str:
             f"saves {percent(_saved(seen))}; an oracle over these exits {percent(_saved_by_oracle(seen))}",
         )
     )
+    if seen.static is not None:
+        lines.append(("static model", human(seen.static.flops), _static(seen, seen.static)))
     return f"On {seen.rows:,} held-out rows\n" + _indent(_columns(lines, left=(0, 1, 2)))
+
+
+def _static(seen: Evaluation, static: StaticEvaluation) -> str:
+    """What the smaller model named to compare with saves and costs."""
+    saved = 1 - static.flops / seen.flops_backbone if seen.flops_backbone else 0.0
+    parts = [f"{_short(static.name, 24)} saves {percent(saved)}", f"disagreement {percent(static.disagreement, 2)}"]
+    if static.accuracy is not None:
+        parts.append(f"accuracy {percent(static.accuracy, 2)}")
+    return ", ".join(parts)
 
 
 def _times(manifest: Manifest) -> str:

@@ -129,7 +129,9 @@ def tune(
     made = replace(
         manifest, plans=plans, default_plan=default, evaluation=evaluated(manifest, after, stored),
         files={name: spec for name, spec in manifest.files.items() if name in files},
-        measured=replace(measured, timings=(), files=labelled, tuned=tuned),
+        measured=replace(
+            measured, timings=(), files=labelled, tuned=tuned, worth_dropping=times.worth_dropping()
+        ),
     )  # fmt: skip
     write_artifact(out, made, files)
     return made

@@ -62,6 +62,7 @@ several = lambda: Ends(lambda s: (s, s))
 multilabel = lambda: Ends(torch.sigmoid)
 broken = lambda: 1 / 0
 shapeless = lambda: torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Softmax(1))
+wide = lambda: torch.nn.Linear(6, 9)
 number = 3
 text = lambda: "no model"
 def good_rows(): yield np.zeros((200, 6), np.float32)
@@ -260,6 +261,9 @@ def test_candidates_without_a_shape(refused: Callable[..., str]) -> None:
         (("--augment", "zoo:nothing"), "has no 'nothing'; check the name"),
         (("--augment", "zoo:number"), "augmentation 3 is neither a name nor a function"),
         (("--device", "abacus"), "device 'abacus' cannot be used here"),
+        (("--static", "zoo:wide"), "wide answers 9 classes, good 4; compare with a model trained for the same classes"),
+        (("--static", "zoo:nothing"), "has no 'nothing'; check the name"),
+        (("--static-weights", "w.pt"), "--static-weights without a model they belong to; give --static too"),
     ],
 )
 def test_options_out_of_range(refused: Callable[..., str], flags: tuple[str, str], says: str) -> None:

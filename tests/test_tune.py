@@ -34,13 +34,20 @@ def times(head: tuple[float, ...], stage: float = 1.0, sizes: tuple[int, ...] = 
     """Stages that take `stage` ms a row, heads that take `head`."""
     rows = np.array(sizes, float)
     silent = np.outer(np.full(len(head) + 1, stage), rows)
-    return StageTimes(sizes, silent, silent + np.outer([*head, 0.0], rows))
+    return StageTimes(sizes, silent, silent + np.outer([*head, 0.0], rows), np.zeros(len(silent)))
 
 
 def test_calls_between_measured_sizes_are_interpolated() -> None:
-    found = StageTimes((1, 4, 8), np.array([[1.0, 4.0, 6.0]]), np.array([[2.0, 5.0, 7.0]]))
+    found = StageTimes((1, 4, 8), np.array([[1.0, 4.0, 6.0]]), np.array([[2.0, 5.0, 7.0]]), np.zeros(1))
     assert found.call(0, np.array([0, 1, 2, 6, 8]), False) == pytest.approx([0, 1, 2, 5, 6])
     assert float(found.call(0, 6, True)) == 6.0
+
+
+def test_compaction_pays_from_the_share_at_which_a_stage_saves_more_than_gathering_costs() -> None:
+    silent = np.array([[1.0, 4.0], [1.0, 4.0], [2.0, 2.0]])
+    found = StageTimes((1, 4), silent, silent, np.array([0.25, 0.25, 0.0]))
+    # c rows dropped of n: (n - c) * 0.25 < c * 1 from a share of 0.2 on; the last stage takes no longer for more rows.
+    assert found.worth_dropping() == pytest.approx((0.2, 1.0))
 
 
 def test_the_mean_counts_every_stage_for_the_rows_that_reach_it() -> None:
@@ -149,6 +156,8 @@ def test_stages_are_measured_at_every_size_rows_come_down_to(compiled: Compiled)
     assert found.silent.shape == found.asked.shape == (len(compiled.manifest.exits), 4)
     assert (found.asked >= found.silent).all()
     assert (found.silent > 0).all()
+    assert (found.gather[:-1] > 0).all()
+    assert all(0 <= share <= 1 for share in found.worth_dropping())
 
 
 def test_a_tuned_artifact_answers_by_its_new_plans(compiled: Compiled, tmp_path: Path) -> None:
@@ -172,7 +181,7 @@ def test_a_tuned_artifact_answers_by_its_new_plans(compiled: Compiled, tmp_path:
     assert gained.after_ms == pytest.approx(
         expected_ms(
             made.plans[made.default_plan], kept, Objective(batch=4),
-            StageTimes(gained.batches, np.array(gained.silent_ms), np.array(gained.asked_ms)),
+            StageTimes(gained.batches, np.array(gained.silent_ms), np.array(gained.asked_ms), np.zeros(0)),
         )
     )  # fmt: skip
 

@@ -109,7 +109,7 @@ def write(program: ExitProgram, targets: Sequence[str], folder: Path) -> None:
         default_plan=0,
         splits=Splits(0, 0, 0, 0, 0, 0),
         preprocessing=None,
-        evaluation=Evaluation(0, (unmeasured,) * len(exits), 0.0, (0.0, 0.0), 0.0, None, None, 0.0, 0.0, 0.0),
+        evaluation=Evaluation(0, (unmeasured,) * len(exits), 0.0, (0.0, 0.0), 0.0, None, None, 0.0, 0.0, 0.0, None),
         files={name: file_spec(data) for name, data in files.items()},
         measured=Measured("", "", {}, (), {}),
     )

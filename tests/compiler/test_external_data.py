@@ -36,7 +36,7 @@ def large(compiled: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
         elif name in compiled.manifest.files:
             files[name] = (compiled.path / name).read_bytes()
     specs = {name: file_spec(data) for name, data in files.items()}
-    files["report.html"] = (compiled.path / "report.html").read_bytes()
+    files |= {name: (compiled.path / name).read_bytes() for name in compiled.manifest.measured.files}
     out = tmp_path_factory.mktemp("large") / "artifact"
     write_artifact(out, dataclasses.replace(compiled.manifest, files=specs), files)
     return out

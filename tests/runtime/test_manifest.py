@@ -23,6 +23,7 @@ from offramp.runtime.manifest import (
     Plan,
     Splits,
     StageSpec,
+    StaticEvaluation,
     Timing,
 )
 
@@ -108,6 +109,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
             flops_backbone=draw(real),
             flops=draw(real),
             oracle_flops=draw(real),
+            static=draw(st.none() | st.builds(StaticEvaluation, text, count, real, rate, rate, st.none() | rate)),
         ),
         files=files,
         measured=Measured(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tiny import CLASSES, INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all
 
 from offramp.runtime import Answers, Session, UsageError, load
+from offramp.runtime.artifact import write_artifact
 from offramp.runtime.engine import EngineSession
 
 PLANS = {
@@ -26,10 +28,53 @@ PLANS = {
 SIZES = (0, 1, 3, 32, 257)
 
 
-@pytest.fixture(scope="module", params=["segments", "single-file"])
-def session(tiny: Tiny, request: pytest.FixtureRequest) -> Session:
-    form: Literal["segments", "single-file"] = request.param
-    return load(tiny.path, threads=1, executor=form)
+FORMS: dict[str, Literal["segments", "single-file"]] = {
+    "segments": "segments",
+    "segments that carry": "segments",
+    "segments that never drop": "segments",
+    "single-file": "single-file",
+}
+WORTH = {"segments that carry": (0.6, 0.6), "segments that never drop": (1.0, 1.0)}
+
+
+@pytest.fixture(scope="module", params=list(FORMS))
+def session(tiny: Tiny, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """Whether answered rows are dropped or carried along changes no answer."""
+    path = tiny.path
+    if request.param in WORTH:
+        path = tmp_path_factory.mktemp("carries") / "artifact"
+        measured = replace(tiny.manifest.measured, worth_dropping=WORTH[request.param])
+        write_artifact(path, replace(tiny.manifest, measured=measured), tiny.files)
+    return load(path, threads=1, executor=FORMS[request.param])
+
+
+def test_rows_are_dropped_only_where_it_pays(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, (_, exits) = batch(64), reference(batch(64), THRESHOLDS)
+    left = [int((exits == index).sum()) for index in range(3)]
+    assert 0 < left[0] < 64
+    assert left[1]
+    seen: list[int] = []
+    run = EngineSession.run
+
+    def counted(self: EngineSession, outputs: list[str], feed: dict[str, Any]) -> list[Any]:
+        seen.append(len(next(value for value in feed.values() if value.ndim)))
+        return run(self, outputs, feed)
+
+    monkeypatch.setattr(EngineSession, "run", counted)
+    half = (64 - left[2]) / 64
+    expected = {
+        (): [64, 64 - left[0], left[2]],
+        (1.0, 1.0): [64, 64, 64],
+        (1.0, half): [64, 64, left[2]],
+        (1.0, half + 0.01): [64, 64, 64],
+    }
+    for number, (worth, sizes) in enumerate(expected.items()):
+        measured = replace(tiny.manifest.measured, worth_dropping=worth)
+        write_artifact(tmp_path / str(number), replace(tiny.manifest, measured=measured), tiny.files)
+        with load(tmp_path / str(number), threads=1, executor="segments") as session:
+            seen.clear()
+            session.run(rows)
+            assert seen == sizes, worth
 
 
 def assert_reference(answers: Answers, rows: dict[str, np.ndarray], thresholds: tuple[float, ...]) -> None:
@@ -257,7 +302,7 @@ def test_threads_may_share_a_session(session: Session) -> None:
 
 
 def test_properties_say_what_the_manifest_says(tiny: Tiny, session: Session) -> None:
-    assert session.manifest == tiny.manifest
+    assert replace(session.manifest, measured=tiny.manifest.measured) == tiny.manifest
     assert session.inputs == tiny.manifest.inputs
     assert (session.classes, session.exits) == (CLASSES, 3)
 

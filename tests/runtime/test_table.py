@@ -29,6 +29,7 @@ def test_the_table_shows_every_figure(tiny: Tiny) -> None:
     assert line(text, "FLOPs per row") == (
         "FLOPs per row 1.00 k -> 760 saves 24.0 %; an oracle over these exits 50.0 %"
     )
+    assert line(text, "static model") == "static model 600 smaller saves 40.0 %, disagreement 8.00 %, accuracy 88.00 %"
     assert line(text, "batch 1 ") == "batch 1 1.0000 0.9000 0.900 0.880 - 0.920 10.0 % 0.8500 1.060 1 9"
     assert line(text, "batch 32 ") == "batch 32 0.5000 0.3000 0.600 0.590 - 0.610 40.0 % - - 1 9"
     assert "tiny: 152 parameters, 1.00 k FLOPs per row, 5 classes" in text
@@ -56,8 +57,10 @@ def test_what_is_not_known_is_left_out(tiny: Tiny) -> None:
     good = tuple(t for t in tiny.manifest.measured.timings if t.batch == 32)
     assert "where it went" not in render(changed(tiny.manifest, timings=good))
     assert "ms per row" not in render(changed(tiny.manifest, timings=()))
-    seen = dataclasses.replace(tiny.manifest.evaluation, accuracy=None)
-    assert "accuracy" not in render(dataclasses.replace(tiny.manifest, evaluation=seen))
+    seen = dataclasses.replace(tiny.manifest.evaluation, accuracy=None, static=None)
+    unlabelled = render(dataclasses.replace(tiny.manifest, evaluation=seen))
+    assert "accuracy" not in unlabelled
+    assert "static" not in unlabelled
     quiet = dataclasses.replace(tiny.manifest, default_plan=1)
     assert " never " in line(render(quiet), "0 layer1.block0 one")
 

@@ -32,6 +32,7 @@ from offramp.runtime.manifest import (
     Plan,
     Splits,
     StageSpec,
+    StaticEvaluation,
     Timing,
 )
 
@@ -293,6 +294,7 @@ def tiny_manifest(files: dict[str, bytes]) -> Manifest:
             flops_backbone=1000.0,
             flops=760.0,
             oracle_flops=500.0,
+            static=StaticEvaluation("smaller", 40, 600.0, 0.08, 0.05, 0.88),
         ),
         files=specs,
         measured=Measured("2026-01-01T00:00:00Z", "a test", {"onnxruntime": "1.2"}, timings, report),
