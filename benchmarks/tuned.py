@@ -2,8 +2,8 @@
 
     python -m benchmarks.tuned [--tasks resnet20 resnet56 sst2] [--batches 1 8 32]
 
-Takes the artifacts that `benchmarks.heads` has made, chosen by FLOPs, tunes each for every batch size, and times both
-against the plain backbone in ONNX Runtime on the artifact's own test rows, each pair interleaved round by round.
+Compiles with the heads that `benchmarks.heads` has trained, exits chosen by FLOPs, tunes for every batch size, and times
+both against the plain backbone in ONNX Runtime on the artifact's own test rows, each pair interleaved round by round.
 Disagreement is that of the test rows. Writes benchmarks/results/tuned.json and the README's table.
 """
 
@@ -13,7 +13,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from benchmarks.heads import WORK
 from benchmarks.recorded import made_ready
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS
-from offramp.compiler import Options
+from offramp.compiler import Options, Training, finish, train
 from offramp.compiler.measure import Bench, machine, versions
+from offramp.compiler.search import Search
 from offramp.runtime.artifact import open_artifact
 from offramp.runtime.table import percent
 from offramp.runtime.tune import Objective, tune
@@ -40,12 +41,17 @@ HEAD = (
 def measured(name: str, batches: Sequence[int], threads: int, seed: int) -> list[dict[str, Any]]:
     """One task's artifact at every batch size."""
     task = TASKS[name](seed)
-    options = Options(seed=seed, threads=threads, max_candidates=task.max_candidates)
+    options = Options(
+        training=replace(Training(), **task.training), search=replace(Search(engine="tpe"), **task.search), seed=seed,
+        threads=threads, max_candidates=task.max_candidates, batches=(), targets=("onnx-segments",),
+    )  # fmt: skip
     ready = made_ready(task, options)
     assert ready.plain is not None
-    compiled = WORK / f"heads-{name}-searched"
+    heads = train(ready, options, WORK / f"heads-{name}-searched.work", log)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder) / "compiled"
+        finish(ready, heads, compiled, options, log)
         for batch in batches:
             log(f"{name}, batch {batch}")
             tuned = Path(folder) / str(batch)

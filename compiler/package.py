@@ -34,6 +34,7 @@ from offramp.runtime.manifest import (
 )
 from offramp.runtime.selection import CERTIFIED, DISAGREEMENT, POLICIES, RISKS, TOLERANCES, Costs, Records, Selection
 from offramp.runtime.session import load
+from offramp.runtime.stage_times import measure_stages
 from offramp.runtime.trace import PASSES_FILE, dump_passes
 from offramp.runtime.tune import RECORDS_FILE, RIGHT_FILE
 
@@ -55,6 +56,7 @@ from .training import Training
 
 ALL_POLICIES = (CERTIFIED, *POLICIES)
 _CHECKED_ROWS = 256
+_FEW = 5  # rounds: an order of magnitude is enough
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,12 @@ def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
         write_artifact(Path(folder) / "draft", draft, files)
         artifact = open_artifact(Path(folder) / "draft")
         _check(program, artifact, job)
-        measurements = _timings(artifact, job)
+        worth = _worth_dropping(artifact, job)
+        measured = replace(draft.measured, worth_dropping=worth)
+        measurements = _timings(replace(artifact, manifest=replace(draft, measured=measured)), job)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    measured = Measured(now, measure.machine(), measure.versions(), tuple(t for t, _ in measurements), {})
+    timings = tuple(timing for timing, _ in measurements)
+    measured = Measured(now, measure.machine(), measure.versions(), timings, {}, None, worth)
     manifest = replace(draft, measured=measured)
     quoting = {
         "report.html": render_report(_evidence(manifest, job, [dial for _, dial in measurements])),
@@ -261,6 +266,16 @@ def _check(program: ExitProgram, artifact: Artifact, job: Job) -> None:
     if SCRIPT in manifest.files:
         script = ScriptSession(artifact.read(SCRIPT), [i.name for i in program.backbone.inputs])
         require(compare(program, script, batch), "the TorchScript file")
+
+
+def _worth_dropping(artifact: Artifact, job: Job) -> tuple[float, ...]:
+    """From which share of answered rows compaction pays here; () where nothing is measured."""
+    options = job.options
+    if not options.batches or not artifact.manifest.stages or len(artifact.manifest.exits) == 1:
+        return ()
+    largest, test = max(options.batches), job.splits.test
+    rows = job.rows.take(test[np.arange(largest) % len(test)])
+    return measure_stages(artifact, largest, options.threads or measure.usable_cores(), _FEW, rows).worth_dropping()
 
 
 def _timings(artifact: Artifact, job: Job) -> tuple[tuple[Timing, tuple[float, ...]], ...]:
