@@ -2,9 +2,9 @@
 
     python -m benchmarks.tuned [--tasks resnet20 resnet56 sst2] [--batches 1 8 32]
 
-Compiles with the heads that `benchmarks.heads` has trained, exits chosen by FLOPs, tunes for every batch size, and times
-both against the plain backbone in ONNX Runtime on the artifact's own test rows, each pair interleaved round by round.
-Disagreement is that of the test rows. Writes benchmarks/results/tuned.json and the README's table.
+Compiles with the heads that `benchmarks.heads` has trained, exits chosen by FLOPs, tunes for every batch size, and
+times both against the plain backbone in ONNX Runtime on the artifact's own test rows, each pair interleaved round by
+round. Disagreement is that of the test rows. Writes benchmarks/results/tuned.json and the README's table.
 """
 
 from __future__ import annotations
