@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from offramp.compiler import capture, emit, keep_independent, load_model
 from offramp.compiler.independence import difference, permuted_part
 from offramp.passes import Candidates, find_candidates
+from offramp.runtime.execution import ASK
 
 
 class Shuffled(Chain):
@@ -73,5 +74,6 @@ def test_sentences_of_another_length_than_captured_run_in_both_forms(any_length:
     np.testing.assert_array_equal(left, exits.numpy())
     np.testing.assert_allclose(got, expected.numpy(), atol=1e-4)
     stage = ort.InferenceSession(files["stages/0.onnx"], providers=["CPUExecutionProvider"])
-    answer = stage.run(["probabilities"], {i.name: batch[i.name].numpy() for i in stage.get_inputs()})[0]
+    feed = {name: value.numpy() for name, value in batch.items()} | {ASK: np.array(True)}
+    answer = stage.run(["probabilities"], {i.name: feed[i.name] for i in stage.get_inputs()})[0]
     np.testing.assert_allclose(answer, program.all_exits(*(batch[i.name] for i in backbone.inputs))[0], atol=1e-4)
