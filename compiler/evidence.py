@@ -6,7 +6,6 @@ selection judges plans; the time it takes was measured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -127,7 +126,7 @@ class Evidence:
 
     def _answers(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """-> the exit each test row leaves at [rows], the backbone last, and the class it is given [rows]."""
-        taken = exits_taken(self.records, self.chosen, [math.inf if t is None else t for t in plan.thresholds])
+        taken = exits_taken(self.records, self.chosen, plan.limits)
         columns = np.column_stack([self.test.classes()[:, list(self.chosen)], self.test.backbone_classes])
         return taken, columns[np.arange(len(taken)), taken]
 

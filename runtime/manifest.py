@@ -92,6 +92,11 @@ class Plan:
     thresholds: tuple[float | None, ...]  # [exits - 1]; None: that exit never answers
     certificate: Certificate | None
 
+    @property
+    def limits(self) -> tuple[float, ...]:
+        """[exits - 1]; an exit that never answers has infinity."""
+        return tuple(math.inf if t is None else t for t in self.thresholds)
+
 
 @dataclass(frozen=True)
 class ExitEvaluation:
@@ -245,7 +250,7 @@ class Manifest:
         plan = self.plan(tolerance)
         if plan is None:
             return (math.inf,) * (len(self.exits) - 1)
-        return tuple(math.inf if t is None else t for t in plan.thresholds)
+        return plan.limits
 
     def all_files(self) -> dict[str, FileSpec]:
         """Every file of the artifact but the manifest itself."""

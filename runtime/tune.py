@@ -119,8 +119,8 @@ def tune(
         backbone_ms=objective.of(np.full(kept.rows, len(times.silent) - 1), (), times),
         before_ms=expected_ms(before, kept, objective, times),
         after_ms=expected_ms(after, kept, objective, times),
-        silent_ms=_rows_of(times.silent, times),
-        asked_ms=_rows_of(times.asked, times),
+        silent_ms=_rows_of(times.silent),
+        asked_ms=_rows_of(times.asked),
         batches=times.sizes,
     )
     files = {name: artifact.read(name) for name in manifest.all_files() if name not in _LEFT_OUT}
@@ -188,7 +188,7 @@ def stage_costs(times: StageTimes, batch: int) -> Costs:
 
 def expected_ms(plan: Plan, kept: Records, objective: Objective, times: StageTimes) -> float:
     """The objective of a plan on recorded rows."""
-    limits = [math.inf if t is None else t for t in plan.thresholds]
+    limits = plan.limits
     exits = exits_taken(kept, range(kept.candidates), limits)
     return objective.of(exits, [limit < math.inf for limit in limits], times)
 
@@ -220,7 +220,7 @@ def evaluated(manifest: Manifest, plan: Plan, stored: Stored) -> Evaluation:
     """What the plan does on the test rows, by their records."""
     test, right = stored.recorded["test"], stored.right
     last = test.candidates
-    limits = [math.inf if t is None else t for t in plan.thresholds]
+    limits = plan.limits
     taken = exits_taken(test, range(last), limits)
     agrees = np.column_stack([test.agrees, np.ones(test.rows, np.bool_)])
     at = np.arange(test.rows)
@@ -284,5 +284,5 @@ def _spread(thresholds: Sequence[float | None], some: Sequence[int], exits: int)
     return tuple(given.get(index) for index in range(exits))
 
 
-def _rows_of(table: np.ndarray, times: StageTimes) -> tuple[tuple[float, ...], ...]:
+def _rows_of(table: np.ndarray) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(ms) for ms in row) for row in table)

@@ -15,7 +15,7 @@ hold the limit themselves: re-cut one exit, or disturb one exit and re-cut anoth
 
 Everything is deterministic. Costs are rounded to integers and risks up to multiples of 2^-20, so the sums are
 exact in float64 and the order of the rows cannot decide between two plans. Nothing is refused here:
-`thresholds.py` checks what a person passes in.
+`policies.py` checks what a person passes in.
 """
 
 from __future__ import annotations

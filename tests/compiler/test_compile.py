@@ -132,11 +132,11 @@ def test_other_risks_and_metrics_are_chosen_by_certified_and_served(tmp_path: Pa
     assert plan.certificate.bound <= 0.3
     seen = manifest.evaluation
     assert 0 <= seen.regret <= seen.disagreement, "a disagreement costs at most a whole answer"
-    given = {}
-    for executor in ("segments", "single-file"):
-        with load(tmp_path / "out", threads=1, executor=executor) as session:  # type: ignore[arg-type]
-            given[executor] = session.run(CHAIN_ROWS[:60])
-    staged, whole = given["segments"], given["single-file"]
+    with (
+        load(tmp_path / "out", threads=1, executor="segments") as one,
+        load(tmp_path / "out", threads=1, executor="single-file") as other,
+    ):
+        staged, whole = one.run(CHAIN_ROWS[:60]), other.run(CHAIN_ROWS[:60])
     assert np.array_equal(staged.exits, whole.exits)
     np.testing.assert_allclose(staged.confidence, whole.confidence, atol=1e-5)
     ordered = np.sort(staged.probabilities, axis=1)

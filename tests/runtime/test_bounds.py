@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -53,9 +55,9 @@ def test_the_test_of_a_mean_errs_no_more_often_than_it_says(kind: str) -> None:
     assert sum(RISKS[REGRET].p_value(float(one.sum()), rows, tolerance) <= delta for one in low) > 1900
 
 
-def records(**more: np.ndarray) -> Records:
+def records(**more: Any) -> Records:
     sure = np.array([[0.9, 0.8], [0.6, 0.7], [0.3, 0.9]], np.float32)
-    return Records(sure, np.array([[True, True], [False, True], [False, False]]), **more)  # type: ignore[arg-type]
+    return Records(sure, np.array([[True, True], [False, True], [False, False]]), **more)
 
 
 def test_regret_counts_what_a_disagreement_costs() -> None:
@@ -82,7 +84,7 @@ def test_refused_records() -> None:
     with pytest.raises(InputError, match="chance is not float32"):
         records(chance=np.full((3, 2), 1.5, np.float32))
     with pytest.raises(UsageError, match="risk 'fear' does not exist; choose one of disagreement, regret"):
-        records(kind="fear")  # type: ignore[arg-type]
+        records(kind="fear")
     with pytest.raises(InputError, match="no regret was recorded"):
         Records(np.zeros((1, 1), np.float32), np.ones((1, 1), bool), kind=REGRET)
     assert set(RISKS) == {DISAGREEMENT, REGRET}
