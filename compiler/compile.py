@@ -57,7 +57,7 @@ from .distill import Head, default_heads, distil
 from .emit import plain_model
 from .heads import head_flops
 from .independence import keep_independent
-from .memory import groups
+from .memory import give_back, groups
 from .package import Job, Options, input_specs, pack
 from .progress import bar
 from .record import Recording, calibrate, record
@@ -242,6 +242,7 @@ def train(ready: Ready, options: Options, folder: Path, say: Say = lambda line: 
     if len(parts) > 1:
         say(f"the memory budget takes the {len(candidates)} candidates in {len(parts)} groups, one after the other")
     for index, group in enumerate(parts):
+        give_back()
         found = Found(default_heads(backbone, group), {}, tuple(c.name for c in group), ())
         if search.engine != NONE:
             found = search_heads(
