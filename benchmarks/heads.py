@@ -96,8 +96,9 @@ def compared(task: Task, training: Training, search: Search, seed: int, threads:
     result |= {"epochs": training.epochs, "engine": search.engine, "trials": search.trials}
     for kind, chosen in (("searched", search), ("default", Search())):
         options = Options(
-            training=training, search=chosen, seed=seed, threads=threads, max_candidates=task.max_candidates
-        )
+            training=training, search=chosen, seed=seed, threads=threads, max_candidates=task.max_candidates,
+            policy=task.policy,
+        )  # fmt: skip
         given, result["kinds"][kind] = answers(task, options, kind)
         for policy in POLICIES:
             for tolerance in TOLERANCES:

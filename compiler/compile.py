@@ -47,7 +47,6 @@ from offramp.runtime.selection import (
     check_rows,
     dial,
     evidence,
-    exit_sets,
     select,
 )
 
@@ -173,7 +172,7 @@ def finish(
     said = {p: record(backbone, heads, rows, getattr(splits, p), p) for p in ("select", "certify", "test")}
     recorded = {p: records(one, temperatures, options.metric, options.risk) for p, one in said.items()}
     price = costs(backbone, heads)
-    selection, certificate = choose_exits(recorded, price, options)
+    selection, certificate, sets = choose_exits(recorded, price, options)
     seen = f"{selection.risk:.2%} {options.risk} on the {len(splits.select)} rows they were chosen on"
     say(f"{len(selection.chosen)} exits chosen by {options.policy}: {seen}")
     with observed(*_observers(ready.trace, options)):
@@ -182,7 +181,6 @@ def finish(
             exit_plan(selection, heads, temperatures, options.metric),
             {h.candidate.name: h.module for h in heads},
         )
-    sets = exit_sets(recorded["select"], price, options.tolerance, options.policy)
     plans = dial(selection, certificate, recorded, price, options.dial, options.policy, options.delta, sets)
     job = Job(
         rows, splits, heads, temperatures, recorded, said["test"], sets, price, selection, plans, ready.plain, options,
@@ -282,12 +280,13 @@ def keep_beyond_chance(heads: Sequence[Head], recording: Recording, say: Say) ->
 
 def choose_exits(
     recorded: Mapping[str, Records], price: Costs, options: Options
-) -> tuple[Selection, Certificate | None]:
-    """The exits of the policy asked for, and the certificate if it gives one."""
+) -> tuple[Selection, Certificate | None, int]:
+    """The exits of the policy asked for, the certificate if it gives one, and how many sets of exits the certification
+    rows decided between."""
     if options.policy != CERTIFIED:
-        return select(options.policy, recorded["select"], price, options.tolerance), None
+        return select(options.policy, recorded["select"], price, options.tolerance), None, 1
     found = certified(recorded["select"], recorded["certify"], price, options.tolerance, options.delta, _watched)
-    return found.selection, evidence(found)
+    return found.selection, evidence(found), found.sets
 
 
 def _watched(path: Sequence[float]) -> Iterable[float]:

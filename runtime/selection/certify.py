@@ -39,6 +39,7 @@ class Certified:
     rows: int  # certification rows
     observed: float  # risk of the plan, summed over them: the rows it answers otherwise than the backbone
     bound: float  # upper confidence bound on the mean risk at level 1 - delta
+    sets: int  # of exits on the path: what the certification rows decided between
 
 
 def check_rows(rows: int, tolerance: float, delta: float) -> None:
@@ -66,24 +67,25 @@ def certified(
     if tolerance <= 0:
         return walk((), held_out, costs, tolerance, delta)
     check_rows(held_out.rows, tolerance, delta)
-    return walk(plan_path(selected, costs, tolerance, watch), held_out, costs, tolerance, delta)
+    return walk(tuple(plan_path(selected, costs, tolerance, watch)), held_out, costs, tolerance, delta)
 
 
-def walk(path: Iterable[Selection], held_out: Records, costs: Costs, tolerance: float, delta: float) -> Certified:
+def walk(path: Sequence[Selection], held_out: Records, costs: Costs, tolerance: float, delta: float) -> Certified:
     """The last plan of a path before the first one that fails; the path must not depend on the certification rows."""
     kind, rows = held_out.kind, held_out.rows
     nothing = Selection((), (), "certified", tolerance, float(costs.reach[-1]), 0.0)
-    best = Certified(nothing, delta, rows, 0, 0.0)
+    sets = max(1, len({plan.chosen for plan in path}))
+    best = Certified(nothing, delta, rows, 0, 0.0, sets)
     for selection in path:
         observed = round(realised_risk(held_out, selection.chosen, selection.thresholds) * rows, 6)
         if RISKS[kind].p_value(observed, rows, tolerance) > delta:
             break
-        best = Certified(selection, delta, rows, observed, upper_bound(observed, rows, delta, kind))
+        best = Certified(selection, delta, rows, observed, upper_bound(observed, rows, delta, kind), sets)
     return best
 
 
 def plan_path(selected: Records, costs: Costs, tolerance: float, watch: Watch = iter) -> Iterator[Selection]:
-    """Plans from timid to bold, each cheaper than the one before, found when asked for.
+    """Plans from timid to bold, each cheaper than the one before.
 
     Each is the joint plan under the risk its calibrated confidences predict: predicted on rows the temperature
     was not fitted on, it does not reward a threshold for the luck of these rows, as counting disagreements does.

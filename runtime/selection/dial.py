@@ -20,7 +20,7 @@ import numpy as np
 
 from ..manifest import Certificate, Plan
 from .bounds import rows_needed
-from .certify import Certified, certified, plan_path
+from .certify import Certified, certified
 from .policies import joint, select
 from .records import Costs, Records, Selection
 
@@ -37,8 +37,10 @@ def dial(
     chosen: Selection, certificate: Certificate | None, recorded: Mapping[str, Records], costs: Costs,
     tolerances: Sequence[float], policy: str, delta: float, sets: int,
 ) -> tuple[Plan, ...]:  # fmt: skip
-    """Plans by rising tolerance, `chosen` among them; none but it when it has no exits. `sets` as `exit_sets` counts
-    them."""
+    """Plans by rising tolerance, `chosen` among them; none but it when it has no exits.
+
+    `sets` is how many sets of exits the certification rows decided between, 1 where they decided nothing.
+    """
     own = Plan(chosen.tolerance, policy, _stored(chosen.thresholds), certificate)
     if not chosen.chosen:
         return (own,)
@@ -48,17 +50,10 @@ def dial(
     return tuple(sorted((own, *turned), key=lambda plan: plan.tolerance))
 
 
-def exit_sets(selected: Records, costs: Costs, tolerance: float, policy: str) -> int:
-    """How many sets of exits the certification rows could decide between."""
-    if policy != CERTIFIED:
-        return 1
-    return len({plan.chosen for plan in plan_path(selected, costs, tolerance)})
-
-
 def plans_over(
     recorded: Mapping[str, Records], costs: Costs, tolerances: Iterable[float], policy: str, delta: float, sets: int
 ) -> tuple[Plan, ...]:
-    """A plan for each tolerance, over exits that are the records' candidates; `sets` as `exit_sets` counts them."""
+    """A plan for each tolerance, over exits that are the records' candidates; `sets` as for `dial`."""
     return tuple(_plan(recorded, costs, tolerance, policy, delta, sets) for tolerance in tolerances)
 
 

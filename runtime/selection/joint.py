@@ -35,7 +35,7 @@ _RISK_UNITS = 2**20
 _EXACT = 2**52  # float64 integers stay exact below this
 _BISECTIONS = 12
 _SWEEPS = 12
-_WORK = 1.2e8  # (rows + overhead) x candidates that the pair moves may scan: a clock that repeats itself
+WORK = 1.2e8  # (rows + overhead) x candidates that the pair moves may scan: a clock that repeats itself
 _OVERHEAD = 2000  # rows that a numpy call's fixed price is worth
 
 
@@ -101,11 +101,13 @@ def search(
     head: Floats,
     tolerance: float,
     starts: Iterable[Ints],
+    work: float,
 ) -> Ints:
     """The cheapest cuts [candidates] found with total risk / rows <= tolerance.
 
     risk [rows, candidates] in [0, 1], segment [candidates + 1] and head [candidates] in any one unit; starts:
-    further plans to descend from and, where they keep the tolerance, to beat.
+    further plans to descend from and, where they keep the tolerance, to beat; work: what the pair moves may scan, in
+    (rows + overhead) x candidates.
     """
     total = float(segment.sum())
     up = np.ascontiguousarray(np.ceil(risk.T * _RISK_UNITS) / _RISK_UNITS)
@@ -134,7 +136,6 @@ def search(
             found[filled.tobytes()] = (_evaluate(problem, filled)[0], filled)
     ranked = sorted(found.items(), key=lambda item: (item[1][0], item[0]))
     best_cost, best = ranked[0][1]
-    work = _WORK
     for _, (_, filled) in ranked[:3]:
         cuts, work = _exchange(problem, filled, work)
         cost = _evaluate(problem, cuts)[0]

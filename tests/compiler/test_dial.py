@@ -19,7 +19,6 @@ from offramp.runtime.selection import (
     dial,
     disagreement,
     evidence,
-    exit_sets,
     exits_taken,
     expected_cost,
     plan_path,
@@ -41,10 +40,9 @@ def plans(policy: str, rows: int = 2000, seed: int = 0) -> tuple[tuple[int, ...]
     recorded = {"select": records(rows, seed), "certify": records(rows, seed + 1)}
     if policy == "certified":
         found = certified(recorded["select"], recorded["certify"], COSTS, 0.02)
-        chosen, certificate = found.selection, evidence(found)
+        chosen, certificate, sets = found.selection, evidence(found), found.sets
     else:
-        chosen, certificate = select(policy, recorded["select"], COSTS, 0.02), None
-    sets = exit_sets(recorded["select"], COSTS, 0.02, policy)
+        chosen, certificate, sets = select(policy, recorded["select"], COSTS, 0.02), None, 1
     return chosen.chosen, dial(chosen, certificate, recorded, COSTS, TOLERANCES, policy, 0.05, sets), recorded
 
 
