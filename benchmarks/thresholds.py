@@ -5,7 +5,7 @@
 Works on the files of `benchmarks.recorded`: rows are dealt anew into select, certify and test, exits are chosen on the
 first two and judged on the third, over many splits. Time is expected time: the rows that reach a stage times what that
 stage takes at that many rows, measured when the records were made. Writes benchmarks/results/thresholds.json and the
-README's tables.
+README's tables; tasks that are not asked for keep their rows there.
 """
 
 from __future__ import annotations
@@ -199,15 +199,18 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=sorted(path.stem for path in FOLDER.glob("*.npz")))
     parser.add_argument("--splits", type=int, default=20)
     args = parser.parse_args()
-    results = []
+    told = {"command": "python -m benchmarks.thresholds", "delta": DELTA}
+    before = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
+    results = {result["task"]: result for result in before}
     for name in args.tasks:
         log(f"{name}: {len(CHOICES)} choices over {args.splits} splits")
         result = compared(name, args.splits)
-        results.append({**result, "at_equal_risk": at_equal_risk(result)})
-    told = {"command": "python -m benchmarks.thresholds", "machine": machine(), "versions": versions(), "delta": DELTA}
-    RESULTS.write_text(json.dumps({**told, "results": results}, indent=1) + "\n")
-    replace_block("thresholds", table(results))
-    replace_block("equal_risk", equal_risk_table(results))
+        result |= {"at_equal_risk": at_equal_risk(result), "machine": machine(), "versions": versions()}
+        results[name] = result
+        ordered = [results[task] for task in sorted(results)]
+        RESULTS.write_text(json.dumps({**told, "results": ordered}, indent=1) + "\n")
+        replace_block("thresholds", table(ordered))
+        replace_block("equal_risk", equal_risk_table(ordered))
 
 
 if __name__ == "__main__":

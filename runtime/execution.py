@@ -103,8 +103,6 @@ class Segments:
     def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
         # Between two stages the caches are ONNX Runtime's: every Python step here costs several times what it
         # costs in a loop of its own, at batch 1 a tenth of a small model in all. Hence plain floats for one row.
-        # Between two stages the caches are ONNX Runtime's: every Python step here costs several times what it
-        # costs in a loop of its own, at batch 1 a tenth of a small model in all. Hence plain floats for one row.
         live = arrays
         rows: np.ndarray | None = None  # of the batch, by live row; None: all, in order
         waiting: np.ndarray | None = None  # live rows not answered yet; None: all
