@@ -1,0 +1,76 @@
+"""A session that lives long: many threads, many calls, steady memory; and an installation that stays small."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import offramp.runtime
+
+from tiny import Tiny
+
+CALLS, WARM, THREADS = 100_000, 20_000, 4
+
+# Prints the process's resident bytes after WARM and after CALLS further calls, from all threads at once.
+SOAK = f"""
+import sys, threading
+from pathlib import Path
+import numpy as np
+from offramp.runtime import load
+
+def resident():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+
+rng = np.random.default_rng(0)
+batches = [
+    {{"x": rng.standard_normal((n, 6)).astype(np.float32), "side": rng.standard_normal((n, 3)).astype(np.float32)}}
+    for n in range(1, 9)
+]
+session = load(sys.argv[1], threads=1, executor=sys.argv[2])
+wanted = [session.run(batch).classes for batch in batches]
+wrong = []
+
+def calls(count):
+    for index in range(count):
+        which = index % len(batches)
+        if not np.array_equal(session.run(batches[which]).classes, wanted[which]):
+            wrong.append(which)
+
+def soak(count):
+    workers = [threading.Thread(target=calls, args=(count // {THREADS},)) for _ in range({THREADS})]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return resident()
+
+before = soak({WARM})
+print(len(wrong), before, soak({CALLS}))
+session.close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.parametrize("executor", ["segments", "single-file"])
+def test_a_hundred_thousand_calls_from_four_threads_leave_memory_as_it_was(tiny: Tiny, executor: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SOAK, str(tiny.path), executor], capture_output=True, text=True, check=True
+    )
+    wrong, before, after = map(int, done.stdout.split())
+    assert wrong == 0
+    assert after - before < CALLS * 8, "eight bytes a call would show"
+
+
+def test_the_installation_is_under_a_megabyte() -> None:
+    room = Path(offramp.runtime.__file__).parent
+    files = [
+        path
+        for name in ("compiler", "passes", "runtime")
+        for path in (room.parent / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
+    assert len(files) > 50, "else these are not the three rooms"
+    assert sum(path.stat().st_size for path in files) < 1 << 20
