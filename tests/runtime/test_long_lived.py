@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import Tiny
 
 import offramp.runtime
-
-from tiny import Tiny
 
 CALLS, WARM, THREADS = 100_000, 20_000, 4
 
