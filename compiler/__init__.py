@@ -29,7 +29,8 @@ from offramp.runtime.selection import (
 
 from .augment import AUGMENTATIONS, Augment
 from .capture import capture
-from .compile import Ready, as_rows, choose_candidates, compile, costs, exit_plan, finish, prepare, records, train
+from .compile import Ready, as_rows, choose_candidates, compile, exit_plan, finish, prepare, records, train
+from .costs import COSTS, costs
 from .distill import Head, default_heads, distil
 from .emit import ALL_TARGETS, TARGETS, emit
 from .equivalence import Equivalence, compare
@@ -48,6 +49,7 @@ __all__ = [
     "ALL_POLICIES",
     "ALL_TARGETS",
     "AUGMENTATIONS",
+    "COSTS",
     "ENGINES",
     "FAMILIES",
     "POLICIES",

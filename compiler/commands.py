@@ -28,6 +28,7 @@ from .arguments import example_inputs
 from .augment import AUGMENTATIONS, Augment
 from .capture import bind, capture
 from .compile import compile
+from .costs import COSTS
 from .demo import train_digits
 from .emit import ALL_TARGETS, TARGETS
 from .heads import FAMILIES, search_space
@@ -249,6 +250,14 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="check the graph by the verifier's rules after every pass"
     )
+    parser.add_argument(
+        "--cost", choices=list(COSTS), default=Options.cost,
+        help="what exits are chosen to save: flops, or time measured on this machine (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cost-batch", type=positive, default=Options.cost_batch, metavar="N",
+        help="with --cost time: rows at a time (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=positive, metavar="N", help="to measure with (default: all cores)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
 
@@ -278,6 +287,8 @@ def _run_compile(args: argparse.Namespace) -> int:
         search=Search(engine=args.search, trials=args.trials, spaces=read_spaces(args.space) if args.space else {}),
         memory_budget=args.memory_budget,
         max_candidates=args.max_candidates,
+        cost=args.cost,
+        cost_batch=args.cost_batch,
         threads=args.threads,
         verify=args.verify,
         signature=_signature(args),

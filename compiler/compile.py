@@ -29,7 +29,6 @@ from offramp.passes import (
     build_program,
     find_candidates,
     observed,
-    row_shape,
     verified,
 )
 from offramp.runtime.artifact import check_output, write_artifact
@@ -52,9 +51,9 @@ from offramp.runtime.selection import (
 
 from .augment import apply, find_augmentation
 from .capture import bind, capture
+from .costs import TIME, costs, measured_costs
 from .distill import Head, default_heads, distil
 from .emit import plain_model
-from .heads import head_flops
 from .independence import keep_independent
 from .memory import give_back, groups
 from .package import Job, Options, input_specs, pack
@@ -172,7 +171,12 @@ def finish(
     said = {p: record(backbone, heads, rows, getattr(splits, p), p) for p in ("select", "certify", "test")}
     recorded = {p: records(one, temperatures, options.metric, options.risk) for p, one in said.items()}
     price = costs(backbone, heads)
-    selection, certificate, sets = choose_exits(recorded, price, options)
+    spent = price
+    if options.cost == TIME:
+        assert ready.plain is not None, "Options sees to it"
+        some = rows.take(splits.select[np.arange(options.cost_batch) % len(splits.select)])
+        spent = measured_costs(backbone, heads, temperatures, ready.plain, some, options.threads)
+    selection, certificate, sets = choose_exits(recorded, spent, options)
     seen = f"{selection.risk:.2%} {options.risk} on the {len(splits.select)} rows they were chosen on"
     say(f"{len(selection.chosen)} exits chosen by {options.policy}: {seen}")
     with observed(*_observers(ready.trace, options)):
@@ -181,7 +185,7 @@ def finish(
             exit_plan(selection, heads, temperatures, options.metric),
             {h.candidate.name: h.module for h in heads},
         )
-    plans = dial(selection, certificate, recorded, price, options.dial, options.policy, options.delta, sets)
+    plans = dial(selection, certificate, recorded, spent, options.dial, options.policy, options.delta, sets)
     job = Job(
         rows, splits, heads, temperatures, recorded, said["test"], sets, price, selection, plans, ready.plain, options,
         ready.trace, ready.static,
@@ -291,14 +295,6 @@ def choose_exits(
 
 def _watched(path: Sequence[float]) -> Iterable[float]:
     return bar(path, "choose exits", len(path))
-
-
-def costs(backbone: Backbone, heads: Sequence[Head]) -> Costs:
-    """FLOPs per row of every segment between candidates, and of every head."""
-    depths = [h.candidate.flops_before for h in heads]
-    total = heads[0].candidate.flops_before + heads[0].candidate.flops_after
-    own = [head_flops(h.config, row_shape(backbone, h.candidate.name), backbone.classes) for h in heads]
-    return Costs(np.diff([0.0, *depths, total]), np.array(own, np.float64))
 
 
 def records(

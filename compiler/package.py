@@ -39,8 +39,9 @@ from offramp.runtime.trace import PASSES_FILE, dump_passes
 from offramp.runtime.tune import RECORDS_FILE, RIGHT_FILE
 
 from . import measure
+from .costs import COSTS, FLOPS, TIME
 from .distill import Head
-from .emit import SCRIPT, TARGETS, check_targets, emit
+from .emit import SCRIPT, TARGETS, any_onnx, check_targets, emit
 from .emit.metadata import known_before
 from .emit.torchscript import ScriptSession
 from .equivalence import compare, require
@@ -77,6 +78,8 @@ class Options:
     memory_budget: int | None = None  # bytes that training may take beside the model and the data; None: no bound
     max_candidates: int = 12  # more are thinned out evenly along the backbone's compute
     threads: int | None = None  # to measure with; None: the cores this process may use
+    cost: str = FLOPS  # what exits are chosen to save; "time": milliseconds on this machine, by the clock
+    cost_batch: int = 1  # rows at a time that the time is of
     rounds: int = measure.ROUNDS
     batches: tuple[int, ...] = measure.BATCHES  # to measure at; empty: measure nothing
     verify: bool = False  # hold the graph to the verifier's rules after every pass
@@ -100,6 +103,12 @@ class Options:
             raise UsageError(f"seed {self.seed} is negative; give 0 or more")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise UsageError(f"a memory budget of {self.memory_budget} bytes holds nothing; give more, or none")
+        if self.cost not in COSTS:
+            raise UsageError(f"cost {self.cost!r} does not exist; choose one of {', '.join(COSTS)}")
+        if self.cost_batch < 1:
+            raise UsageError(f"the time of {self.cost_batch} rows is asked for; give 1 or more")
+        if self.cost == TIME and not any_onnx(self.targets):
+            raise UsageError("time is measured in ONNX Runtime; add target onnx-segments, or choose exits by flops")
         if self.max_candidates < 1:
             raise UsageError(f"at most {self.max_candidates} candidates leaves none; give 1 or more")
         check_targets(self.targets)
@@ -150,7 +159,7 @@ def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
         measurements = _timings(replace(artifact, manifest=replace(draft, measured=measured)), job)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     timings = tuple(timing for timing, _ in measurements)
-    measured = Measured(now, measure.machine(), measure.versions(), timings, {}, None, worth)
+    measured = Measured(now, measure.machine(), measure.versions(), timings, {}, None, worth, _chosen_by(job.options))
     manifest = replace(draft, measured=measured)
     quoting = {
         "report.html": render_report(_evidence(manifest, job, [dial for _, dial in measurements])),
@@ -266,6 +275,12 @@ def _check(program: ExitProgram, artifact: Artifact, job: Job) -> None:
     if SCRIPT in manifest.files:
         script = ScriptSession(artifact.read(SCRIPT), [i.name for i in program.backbone.inputs])
         require(compare(program, script, batch), "the TorchScript file")
+
+
+def _chosen_by(options: Options) -> str | None:
+    if options.cost != TIME:
+        return None
+    return f"batch {options.cost_batch}, {options.threads or measure.usable_cores()} threads"
 
 
 def _worth_dropping(artifact: Artifact, job: Job) -> tuple[float, ...]:

@@ -6,16 +6,16 @@ The clock is the only thing here that differs from run to run; what is made of t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .artifact import Artifact
-from .engine import EngineSession, choose_providers
+from .engine import EngineSession, ModelBytes, choose_providers
 from .errors import UsageError
 from .execution import ASK, CONFIDENCE, PROBABILITIES
-from .manifest import TensorSpec
+from .manifest import StageSpec, TensorSpec
 
 ROUNDS = 15
 _SECONDS = 0.01  # of one stage per round: long enough for the clock, short enough to take turns
@@ -73,11 +73,24 @@ def measure_stages(
         raise UsageError(f"{artifact.path}: has no stages to measure; compile with target onnx-segments")
     sizes = tuple(sorted({batch, *(2**power for power in range(batch.bit_length()) if 2**power <= batch)}))
     given = {spec.name: _zeros(spec, batch) for spec in manifest.inputs} if rows is None else rows
-    calls, gather = [], np.zeros(len(manifest.stages))
+    return time_stages(manifest.stages, artifact.model, sizes, threads, rounds, given)
+
+
+def time_stages(
+    stages: Sequence[StageSpec],
+    model: Callable[[str], ModelBytes],
+    sizes: tuple[int, ...],
+    threads: int | None,
+    rounds: int,
+    rows: Mapping[str, np.ndarray],
+) -> StageTimes:
+    """Time stages whose models `model` finds by their file names, each on so many of the inputs `rows` in turn."""
+    batch = max(sizes)
+    calls, gather = [], np.zeros(len(stages))
     chosen = choose_providers(None)
-    live = {name: np.ascontiguousarray(values[:batch]) for name, values in given.items()}
-    for spec in manifest.stages:
-        session = EngineSession(artifact.model(spec.file), spec.file, chosen, threads, strict=False)
+    live = {name: np.ascontiguousarray(values[:batch]) for name, values in rows.items()}
+    for spec in stages:
+        session = EngineSession(model(spec.file), spec.file, chosen, threads, strict=False)
         calls.append(_Calls(session, {name: live[name] for name in spec.inputs}, spec.outputs))
         known = {**live, **calls[-1].passed()}
         live = {name: known[name] for name in spec.carries}
@@ -128,7 +141,8 @@ class _Calls:
 
     def milliseconds(self, rows: int, ask: bool) -> float:
         """Of one call; a silent exit that is no branch of its own is merely not fetched."""
-        feed, fetched = self._feed(rows, ask), [*self.outputs, PROBABILITIES, CONFIDENCE]
+        answer = [name for name in (PROBABILITIES, CONFIDENCE) if name in self.session.outputs]
+        feed, fetched = self._feed(rows, ask), [*self.outputs, *answer]
         if not ask and self.outputs:
             fetched = self.outputs
         start = time.perf_counter()

@@ -44,10 +44,12 @@ def _title(manifest: Manifest) -> str:
     plan = manifest.plans[manifest.default_plan]
     backbone = manifest.backbone
     promise = _promise(plan, manifest.risk)
+    chosen_by = manifest.measured.chosen_by
+    by = "" if chosen_by is None else f"\nexits chosen to save time at {chosen_by}"
     return (
         f"{_short(backbone.name, 60)}: {human(backbone.parameters)} parameters, "
         f"{human(backbone.flops)} FLOPs per row, {manifest.classes} classes\n"
-        f"tolerance {percent(plan.tolerance, 2)} of {manifest.risk}, policy {plan.policy}{promise}"
+        f"tolerance {percent(plan.tolerance, 2)} of {manifest.risk}, policy {plan.policy}{promise}{by}"
     )
 
 

@@ -13,7 +13,7 @@ from offramp.runtime.engine import ModelBytes
 from offramp.runtime.errors import UsageError
 from offramp.runtime.manifest import StageSpec
 
-from .external import INLINE_LIMIT, ExternalData, checked, model_files, weight_bytes
+from .external import INLINE_LIMIT, ExternalData, checked, model_bytes, model_files, weight_bytes
 from .metadata import describe_files
 from .single_file import single_file_model
 from .stages import backbone_model, stage_models, stage_specs
@@ -30,9 +30,11 @@ __all__ = [
     "ALL_TARGETS",
     "SCRIPT",
     "TARGETS",
+    "any_onnx",
     "backbone_model",
     "check_targets",
     "emit",
+    "model_bytes",
     "model_files",
     "plain_model",
     "stage_specs",
@@ -56,10 +58,11 @@ def plain_model(backbone: Backbone, targets: Sequence[str]) -> ModelBytes | None
     """
     if TORCHSCRIPT in targets:
         torchscript_model(build_program(backbone, ExitPlan(()), {}))
-    return backbone_model(backbone) if _any_onnx(targets) else None
+    return backbone_model(backbone) if any_onnx(targets) else None
 
 
-def _any_onnx(targets: Sequence[str]) -> bool:
+def any_onnx(targets: Sequence[str]) -> bool:
+    """Whether an ONNX form is among the targets."""
     return any(t in TARGETS for t in targets)
 
 
@@ -75,7 +78,7 @@ def emit(
     """
     check_targets(targets)
     specs = stage_specs(program)
-    models = stage_models(program) if _any_onnx(targets) else ()
+    models = stage_models(program) if any_onnx(targets) else ()
     files: dict[str, bytes] = {}
     if SINGLE_FILE in targets:
         external = ExternalData(WHOLE) if sum(map(weight_bytes, models)) > limit else None

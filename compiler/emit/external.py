@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import onnx
 from onnx import TensorProto, external_data_helper, helper
 
 from offramp.runtime.artifact import EXTERNAL
+from offramp.runtime.engine import ModelBytes
 
 INLINE_LIMIT = 1 << 30  # well below 2 GiB: while branches are nested in branches, protobuf holds and grows copies
 _STAYS = 1024  # bytes
@@ -86,6 +87,14 @@ def checked(model: onnx.ModelProto, file: str, external: ExternalData | None = N
             hollow.truncate(len(weights))
         onnx.checker.check_model(place, full_check=True)
     return {file: data, file + EXTERNAL: weights}
+
+
+def model_bytes(files: Mapping[str, bytes], name: str) -> ModelBytes:
+    """One of some emitted files as ONNX Runtime takes it, with the weights beside it if there are any."""
+    beside = files.get(name + EXTERNAL)
+    if beside is None:
+        return ModelBytes(files[name])
+    return ModelBytes(files[name], {PurePosixPath(name).name + EXTERNAL: lambda: iter([beside])})
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -7,8 +7,7 @@ true: an exit that never answers need not be computed. The last stage yields the
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import onnx
 import torch
@@ -20,7 +19,7 @@ from offramp.runtime.engine import ModelBytes
 from offramp.runtime.manifest import StageSpec
 
 from ..progress import bar
-from .external import INLINE_LIMIT, model_files
+from .external import INLINE_LIMIT, model_bytes, model_files
 from .gate import gated
 from .names import with_places
 from .promises import keep_promises
@@ -96,13 +95,7 @@ def backbone_model(backbone: Backbone, limit: int = INLINE_LIMIT) -> ModelBytes:
     plain.backbone, places = with_places(keep_promises(plain.backbone))
     prefixes = {"": "output", **_below("backbone", places)}
     model = to_onnx(plain, _examples(backbone.graph_module), ("probabilities",), prefixes)
-    files = model_files(model, "backbone.onnx", limit)
-    proto = files.pop("backbone.onnx")
-    return ModelBytes(proto, {name: functools.partial(_whole, data) for name, data in files.items()})
-
-
-def _whole(data: bytes) -> Iterator[bytes]:
-    yield data
+    return model_bytes(model_files(model, "backbone.onnx", limit), "backbone.onnx")
 
 
 def _below(attribute: str, places: Mapping[str, str]) -> dict[str, str]:
