@@ -50,6 +50,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.recorded
 	$(BIN)/python -m benchmarks.thresholds
 	$(BIN)/python -m benchmarks.tuned
+	$(BIN)/python -m benchmarks.variants
+	$(BIN)/python -m benchmarks.whole_compile
 
 # Hundreds of models with random weights: its own environment, for it needs torchvision and timm, and hours. Stopped,
 # it goes on where it was; docs/zoo.md is written of what is done.

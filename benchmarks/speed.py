@@ -1,0 +1,344 @@
+"""How long an artifact takes in each of its forms, against the plain backbone and whatever else a person could run.
+
+    python -m benchmarks.speed [--tasks resnet20 resnet56 sst2 resnet50] [--batches 1 2 4 8 16 32 64 128]
+        [--kind searched] [--earlyon DIR]
+
+    plain        the backbone in ONNX Runtime: what all others are divided by
+    segments     the artifact, one model per stage
+    single file  the artifact's `model.onnx`, in the same session class
+    TorchScript  the artifact's `model.ts`, in PyTorch
+    ideal        the sum over stages of the stage's own time on the rows that reach it; answers nothing
+    no exit      segments with infinite thresholds: no row leaves, and heads that need not be asked are not
+    eager        the backbone in PyTorch
+    earlyon      see `benchmarks.speed_rivals`; DIR is what `pip install --no-deps --target DIR earlyon==0.3.0` filled
+    smaller      ResNet-20 in ONNX Runtime in place of ResNet-56
+
+Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exits chosen by FLOPs. All variants run in
+one process with the same number of threads. In every round each answers the same batches of test rows, the order turned
+by one and every second time backwards; ratios are taken within a round. Every variant's disagreement with the backbone,
+change in accuracy and exits over all test rows stand beside its times. Peak memory is that of a fresh process which
+loads one form and answers batches of 32, above numpy, onnxruntime and the rows. Writes benchmarks/results/speed.json
+after each task, keeping tasks that are not asked for, the README's tables and docs/speed.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FormatStrFormatter, NullLocator
+
+from benchmarks.cifar10_resnet import backbone_of
+from benchmarks.heads import WORK
+from benchmarks.recorded import made_ready
+from benchmarks.speed_rivals import PROVIDERS, Answered, Batch, Variant, called, eager, earlyon, in_onnxruntime
+from benchmarks.tables import log, markdown, replace_block
+from benchmarks.tasks import TASKS, Task
+from offramp.compiler import ALL_TARGETS, Options, Ready, Training, capture, finish, train
+from offramp.compiler.emit import SCRIPT, backbone_model
+from offramp.compiler.measure import Bench, machine, versions
+from offramp.compiler.search import Search
+from offramp.compiler.stream import tensors
+from offramp.runtime import Answers, load
+from offramp.runtime.artifact import Artifact, open_artifact
+from offramp.runtime.table import percent
+
+RESULTS = Path(__file__).parent / "results" / "speed.json"
+FIGURE = Path(__file__).parents[1] / "docs" / "speed.svg"
+TITLES = {
+    "plain": "plain", "segments": "segments", "single_file": "single file", "torchscript": "TorchScript",
+    "ideal": "ideal", "no_exit": "no exit", "eager": "eager PyTorch", "earlyon": "earlyon", "smaller": "smaller model",
+}  # fmt: skip
+RIVALLED = ("resnet20", "resnet56")  # by earlyon
+SMALLER = {"resnet56": "resnet20"}
+LARGEST = {"resnet50": 32}  # batch
+WARM = 2  # rounds that are not counted
+SECONDS = 0.1  # of the plain backbone in a round, or one call
+JUDGED = 32  # rows at a time where the batch does not matter
+MEMORY_BATCH, MEMORY_CALLS, MEMORY_RUNS = 32, 8, 3
+MEMORY = """
+import sys
+import numpy as np
+import onnxruntime as ort
+def peak():  # KiB
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith("VmHWM:")).split()[1])
+form, path, rows, threads, size = *sys.argv[1:3], dict(np.load(sys.argv[3])), *map(int, sys.argv[4:])
+count = len(next(iter(rows.values())))
+work = [{name: values[at : at + size] for name, values in rows.items()} for at in range(0, count, size)]
+before = peak()
+if form == "plain":
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    answer = lambda batch: session.run(["probabilities"], batch)
+else:
+    from offramp.runtime import load
+    answer = load(path, providers=["CPUExecutionProvider"], threads=threads, executor=form).run
+for batch in work:
+    answer(batch)
+print((peak() - before) / 1024, before / 1024)
+"""
+
+
+def compiled(task: Task, kind: str, seed: int, threads: int) -> tuple[Ready, Artifact]:
+    """The task's artifact in all forms; heads trained before are taken up."""
+    search = replace(Search(engine="tpe"), **task.search) if kind == "searched" else Search()
+    options = Options(
+        training=replace(Training(), **task.training), search=search, seed=seed, threads=threads, policy=task.policy,
+        max_candidates=task.max_candidates, targets=ALL_TARGETS, rounds=1,
+    )  # fmt: skip
+    ready = made_ready(task, options)
+    heads = train(ready, options, WORK / f"heads-{task.name}-{kind}.work", log)
+    out = WORK / f"speed-{task.name}-{kind}"
+    finish(ready, heads, out, options, log)
+    return ready, open_artifact(out)
+
+
+def ours(ready: Ready, artifact: Artifact, threads: int) -> dict[str, Variant]:
+    """The plain backbone, the artifact in its forms, their ideal, and segments that nothing leaves."""
+    assert ready.plain is not None
+    bench = Bench(artifact, ready.plain, threads)
+    whole = load(artifact.path, providers=PROVIDERS, threads=threads, executor="single-file")
+    script = torch.jit.load(str(artifact.path / SCRIPT))  # type: ignore[no-untyped-call]
+    never = [math.inf] * (len(artifact.manifest.exits) - 1)
+    names = [spec.name for spec in artifact.manifest.inputs]
+
+    def scripted(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode():
+            probabilities, exits = script(*(torch.from_numpy(batch[name]) for name in names))
+        return probabilities.numpy(), exits.numpy()
+
+    def read(answers: Answers) -> Answered:
+        return answers.classes, answers.exits
+
+    return {
+        "plain": in_onnxruntime(ready.plain, "backbone", threads),
+        "segments": called(bench.session.run, read),
+        "single_file": called(whole.run, read),
+        "torchscript": called(scripted, lambda given: (given[0].argmax(1), given[1])),
+        "ideal": Variant(lambda work: sum(bench._stages_alone(work))),
+        "no_exit": called(lambda batch: bench.session.run(batch, thresholds=never), read),
+    }
+
+
+def answered(variant: Variant, ready: Ready, batch: int) -> Answered:
+    """Classes and exits of all test rows, `batch` at a time."""
+    assert variant.answer is not None
+    test = ready.splits.test
+    given = [variant.answer(ready.rows.take(test[at : at + batch])) for at in range(0, len(test), batch)]
+    return np.concatenate([classes for classes, _ in given]), np.concatenate([exits for _, exits in given])
+
+
+def judged(variant: Variant, ready: Ready, batch: int, truth: np.ndarray) -> dict[str, Any]:
+    """What it answers on the test rows, where the backbone answers `truth`."""
+    classes, exits = answered(variant, ready, batch)
+    assert ready.rows.labels is not None
+    labels = ready.rows.labels[ready.splits.test]
+    return {
+        "disagreement": float((classes != truth).mean()),
+        "accuracy_change": float((classes == labels).mean() - (truth == labels).mean()),
+        "exit_shares": (np.bincount(exits) / len(exits)).tolist(),
+    }
+
+
+def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int, seed: int) -> dict[str, Any]:
+    """All variants at one batch size: milliseconds per row and ratios to plain, medians and quartiles over rounds."""
+    generator, test = np.random.default_rng([seed, batch]), ready.splits.test
+
+    def draw(calls: int) -> list[Batch]:
+        picked = [generator.choice(test, batch, replace=len(test) < batch) for _ in range(calls)]
+        return [dict(ready.rows.take(rows)) for rows in picked]
+
+    some, sides = draw(3), list(variants.values())
+    variants["plain"].seconds(some)
+    calls = int(np.clip(SECONDS / (variants["plain"].seconds(some) / len(some)), 1, 256))
+    seconds = np.zeros((rounds, len(sides)))
+    for index in range(-WARM, rounds):
+        work, order = draw(calls), np.roll(np.arange(len(sides)), index)
+        for side in order if index % 2 else order[::-1]:
+            took = sides[side].seconds(work)
+            if index >= 0:
+                seconds[index, side] = took
+    each = seconds * 1e3 / (calls * batch)
+    ratios = seconds / seconds[:, [list(variants).index("plain")]]
+    told = {
+        name: {**_spread("ms", each[:, side]), **_spread("ratio", ratios[:, side])}
+        for side, name in enumerate(variants)
+    }
+    return {"batch": batch, "calls": calls, "variants": told}
+
+
+def _spread(name: str, values: np.ndarray) -> dict[str, Any]:
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return {name: middle, f"{name}_quartiles": [low, high]}
+
+
+def memory(ready: Ready, artifact: Artifact, threads: int) -> dict[str, float]:
+    """MiB at the peak above what numpy and onnxruntime take, medians over fresh processes."""
+    assert ready.plain is not None
+    assert not ready.plain.external, "a model with its weights in other files needs them written too"
+    test = ready.splits.test
+    picked = test[np.arange(MEMORY_BATCH * MEMORY_CALLS) % len(test)]
+    told: dict[str, list[float]] = {"plain": [], "segments": [], "single-file": [], "base": []}
+    with tempfile.TemporaryDirectory() as folder:
+        plain, rows = Path(folder) / "plain.onnx", Path(folder) / "rows.npz"
+        plain.write_bytes(ready.plain.proto)
+        np.savez(rows, **ready.rows.take(picked))  # type: ignore[arg-type]  # numpy's stub takes a flag among the names
+        for form in [name for name in told if name != "base"] * MEMORY_RUNS:
+            path = plain if form == "plain" else artifact.path
+            given = map(str, (form, path, rows, threads, MEMORY_BATCH))
+            said = subprocess.run([sys.executable, "-c", MEMORY, *given], check=True, stdout=subprocess.PIPE, text=True)
+            peak, base = map(float, said.stdout.split())
+            told[form].append(peak)
+            told["base"].append(base)
+    return {f"{form.replace('-', '_')}_mib": median(values) for form, values in told.items()}
+
+
+def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One task: compile, judge, time."""
+    task = TASKS[name](args.seed)
+    ready, artifact = compiled(task, args.kind, args.seed, args.threads)
+    manifest = artifact.manifest
+    variants = ours(ready, artifact, args.threads)
+    truth, _ = answered(variants["plain"], ready, JUDGED)
+    told: dict[str, Any] = {
+        "task": name, "kind": args.kind, "machine": machine(), "versions": versions(), "seed": args.seed,
+        "threads": args.threads, "rounds": args.rounds, "test_rows": len(truth),
+        "plan": asdict(manifest.plans[manifest.default_plan]), "exits": [spec.place for spec in manifest.exits],
+        "accuracy_backbone": manifest.evaluation.accuracy_backbone,
+    }  # fmt: skip
+    variants["eager"] = eager(task.model)
+    if name in RIVALLED and args.earlyon is not None and len(manifest.exits) > 1:
+        lost = max(0.0, -judged(variants["segments"], ready, JUDGED, truth)["accuracy_change"])
+        given = earlyon(args.earlyon, task, ready, manifest, lost, args.earlyon_epochs, args.seed)
+        variants["earlyon"], told["earlyon"] = given
+    elif name in RIVALLED:
+        log(f"{name}: earlyon is left out; it needs --earlyon DIR and an artifact with exits")
+    if name in SMALLER:
+        example = tensors(ready.rows, ready.splits.test[:8])
+        smaller = capture(backbone_of(SMALLER[name]), example, name=SMALLER[name])
+        variants["smaller"] = in_onnxruntime(backbone_model(smaller), SMALLER[name], args.threads)
+    alone = {key: v for key, v in variants.items() if v.answer is not None and not v.together}
+    told["answers"] = {key: judged(variant, ready, JUDGED, truth) for key, variant in alone.items()}
+    told["memory"] = memory(ready, artifact, args.threads)
+    told["batches"] = []
+    for batch in (b for b in args.batches if b <= LARGEST.get(name, b)):
+        log(f"{name}, batch {batch}")
+        one = timed(variants, ready, batch, args.rounds, args.seed)
+        for key in (key for key, variant in variants.items() if variant.together):
+            one["variants"][key] |= judged(variants[key], ready, batch, truth)
+        told["batches"].append(one)
+    return {**told, "load": os.getloadavg()[2]}
+
+
+def time_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Ratios to the plain backbone's time, medians and quartiles over rounds."""
+    others = [name for name in TITLES if name != "plain"]
+    rows = []
+    for result in results:
+        for one in result["batches"]:
+            cells = [f"{result['task']}, {one['batch']}", f"{one['variants']['plain']['ms']:.3f}"]
+            for name in others:
+                seen = one["variants"].get(name)
+                low, high = seen["ratio_quartiles"] if seen else (0, 0)
+                cells.append(f"{seen['ratio']:.2f} ({low:.2f} to {high:.2f})" if seen else "")
+            rows.append(cells)
+    return markdown(("task, batch", "plain, ms per row", *(TITLES[name] for name in others)), rows)
+
+
+def answer_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """What the variants answer on the test rows; those that answer alike share a line."""
+    rows = []
+    for result in results:
+        given = [(TITLES[name], seen) for name, seen in result["answers"].items()]
+        for one in result["batches"]:
+            seen = one["variants"].items()
+            given += [(f"{TITLES[k]} at batch {one['batch']}", v) for k, v in seen if "disagreement" in v]
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name, seen in given:
+            shares = " / ".join(percent(share) for share in seen["exit_shares"])
+            cells = (percent(seen["disagreement"], 2), f"{seen['accuracy_change'] * 100:.2f}", shares)
+            alike.setdefault(cells, []).append(name)
+        rows += [[f"{result['task']}: {', '.join(names)}", *cells] for cells, names in alike.items()]
+    return markdown(("task: answered by", "disagreement", "accuracy, points", "leave at each exit"), rows)
+
+
+def memory_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Peak memory at batch 32."""
+    forms = ("plain", "segments", "single_file")
+    rows = [[r["task"], *(f"{r['memory'][f'{form}_mib']:.1f} MiB" for form in forms)] for r in results]
+    return markdown((f"peak memory, batch {MEMORY_BATCH}", *(TITLES[form] for form in forms)), rows)
+
+
+def plot(results: Sequence[Mapping[str, Any]]) -> None:
+    """Ratio against batch size, one panel per task; bands are quartiles."""
+    matplotlib.rcParams["svg.hashsalt"] = "speed"  # the same figures, the same file
+    wide = 3.4 * len(results) + 1.6
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(wide, 3.8), squeeze=False, sharey=True, layout="constrained"
+    )  # fmt: skip
+    lines: dict[str, Any] = {}
+    for axes, result in zip(panels[0], results, strict=True):
+        axes.axhline(1, color="grey", linewidth=0.8)
+        for index, (name, title) in enumerate(list(TITLES.items())[1:]):
+            points = [(o["batch"], o["variants"][name]) for o in result["batches"] if name in o["variants"]]
+            if not points:
+                continue
+            sizes, seen = [size for size, _ in points], [values for _, values in points]
+            style = "--" if name == "ideal" else "-"
+            (lines[title],) = axes.plot(sizes, [v["ratio"] for v in seen], style, marker=".", color=f"C{index}")
+            axes.fill_between(
+                sizes, *zip(*(v["ratio_quartiles"] for v in seen), strict=True), color=f"C{index}", alpha=0.2
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks([one["batch"] for one in result["batches"]], [str(one["batch"]) for one in result["batches"]])
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_title(result["task"])
+        axes.set_xlabel("batch")
+    panels[0, 0].set_ylabel("time, plain backbone in ONNX Runtime = 1")
+    figure.legend(lines.values(), lines.keys(), frameon=False, loc="outside right center")
+    figure.savefig(FIGURE, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["resnet20", "resnet56", "sst2", "resnet50"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--kind", choices=["searched", "default"], default="searched")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--earlyon", type=Path, metavar="DIR", help="where earlyon is installed")
+    parser.add_argument("--earlyon-epochs", type=int, default=Training.epochs)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    before = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
+    results = {result["task"]: result for result in before}
+    for name in args.tasks:
+        results[name] = measured(name, args)
+        ordered = [results[task] for task in TASKS if task in results]
+        RESULTS.write_text(json.dumps({"command": "python -m benchmarks.speed", "results": ordered}, indent=1) + "\n")
+        replace_block("speed", "\n\n".join(table(ordered) for table in (time_table, answer_table, memory_table)))
+        plot(ordered)
+
+
+if __name__ == "__main__":
+    main()
