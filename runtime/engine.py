@@ -11,12 +11,18 @@ session runs and stop when it returns; the process-wide pool is as fast but is n
 Spinning wants free cores: with another process busy on one of the two, batch 1 took 8.4 ms, 2.3 without
 spinning, 1.1 with one thread. On a machine that is shared take `threads=1`.
 
+Memory: every session would keep an arena of its own, as large as its largest batch, and a plan of it for every number
+of rows it ever saw. Stages run one after the other, so all sessions of the process share one arena, and make no plans.
+Measured on a six-layer BERT in 7 stages, batch 32, peak over the interpreter's: own arenas 531 MiB, shared 329, shared
+and without plans 290; times within 2 % of each other.
+
 Refused: no onnxruntime, a provider that is not there or could not start, bytes that ONNX Runtime refuses.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,12 +130,22 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"threads is {threads!r}; give a whole number from 1 up, or None for the physical cores")
 
 
+@functools.cache
+def _share_arena(ort: Any) -> None:
+    """Register the arena with ONNX Runtime's environment, where only sessions that ask for it take it."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, -1, -1, -1))  # no bound, growth as by default
+
+
 def _options(ort: Any, threads: int | None) -> Any:
+    _share_arena(ort)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; warnings about the graph are the compiler's business
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.enable_mem_pattern = False
     return options
 
 

@@ -63,6 +63,40 @@ def test_a_hundred_thousand_calls_from_four_threads_leave_memory_as_it_was(tiny:
     assert after - before < CALLS * 8, "eight bytes a call would show"
 
 
+# Prints by how many bytes the process grew when the first of some sessions ran, and when all others had too.
+ARENAS = """
+from pathlib import Path
+import numpy as np
+from onnx import TensorProto, helper
+from offramp.runtime.engine import EngineSession
+
+def resident():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+
+value = helper.make_tensor_value_info
+nodes = [helper.make_node("Exp", ["x"], ["y"]), helper.make_node("ReduceMax", ["y"], ["z"], keepdims=0)]
+graph = helper.make_graph(
+    nodes, "large", [value("x", TensorProto.FLOAT, ["n"])], [value("z", TensorProto.FLOAT, [])]
+)
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+sessions = [EngineSession(model, "large", ["CPUExecutionProvider"], 1, strict=True) for _ in range(6)]
+rows = {"x": np.ones(8 << 20, np.float32)}
+sizes = [resident()]
+for session in sessions:
+    session.run(["z"], rows)
+    sizes.append(resident())
+print(sizes[1] - sizes[0], sizes[-1] - sizes[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_sessions_share_their_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", ARENAS], capture_output=True, text=True, check=True)
+    one, others = map(int, done.stdout.split())
+    assert one > 30 << 20, "the value between the two operators"
+    assert others < one, "five more sessions of their own arenas would take five times as much"
+
+
 def test_the_installation_is_under_a_megabyte() -> None:
     room = Path(offramp.runtime.__file__).parent
     files = [
