@@ -285,6 +285,11 @@ def memory_table(results: Sequence[Mapping[str, Any]]) -> str:
     return markdown((f"peak memory, batch {MEMORY_BATCH}", *(TITLES[form] for form in forms)), rows)
 
 
+def tables(results: Sequence[Mapping[str, Any]]) -> str:
+    """The README's."""
+    return "\n\n".join(table(results) for table in (time_table, answer_table, memory_table))
+
+
 def plot(results: Sequence[Mapping[str, Any]]) -> None:
     """Ratio against batch size, one panel per task; bands are quartiles."""
     matplotlib.rcParams["svg.hashsalt"] = "speed"  # the same figures, the same file
@@ -336,7 +341,7 @@ def main() -> None:
         results[name] = measured(name, args)
         ordered = [results[task] for task in TASKS if task in results]
         RESULTS.write_text(json.dumps({"command": "python -m benchmarks.speed", "results": ordered}, indent=1) + "\n")
-        replace_block("speed", "\n\n".join(table(ordered) for table in (time_table, answer_table, memory_table)))
+        replace_block("speed", tables(ordered))
         plot(ordered)
 
 
