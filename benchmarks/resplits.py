@@ -34,6 +34,11 @@ class Answers:
     labels: np.ndarray  # [rows] int64
     costs: Costs
 
+    def at(self, some: Sequence[int]) -> Answers:
+        """Those of some candidates only."""
+        recording = Recording(self.recording.logits[list(some)], self.recording.backbone)
+        return Answers(recording, tuple(self.temperatures[i] for i in some), self.labels, self.costs.among(some))
+
 
 def deal(rows: int, seed: int, seen: int = 0) -> dict[str, np.ndarray]:
     """Row indices of select, certify and test; the first `seen`, on which a choice was scored, are always select's."""
