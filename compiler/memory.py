@@ -25,7 +25,7 @@ from .heads import build_head, default_head
 _FLOAT = 4
 _COPIES = 5  # weights, gradient, two moments, best weights
 _STEP = 6  # times a value's size that a head's own step may take, forward and backward
-_ON_TOP = 2  # times as much is really taken: the allocator's gaps and scratch space (tests/compiler/test_memory.py)
+_ON_TOP = 2.25  # times as much is really taken: the allocator's gaps and scratch space (tests/compiler/test_memory.py)
 
 
 def groups(
