@@ -131,7 +131,7 @@ def ours(ready: Ready, artifact: Artifact, threads: int) -> dict[str, Variant]:
         "segments": called(bench.session.run, read),
         "single_file": called(whole.run, read),
         "torchscript": called(scripted, lambda given: (given[0].argmax(1), given[1])),
-        "ideal": Variant(lambda work: sum(bench._stages_alone(work))),
+        "ideal": Variant(lambda work: sum(bench.stages_alone(work))),
         "no_exit": called(lambda batch: bench.session.run(batch, thresholds=never), read),
     }
 

@@ -71,7 +71,7 @@ class Bench:
             sides: list[Callable[[], None]] = [
                 lambda work=work: plain.append(_seconds(self._backbone, work)),  # type: ignore[misc]
                 lambda work=work: ours.append(_seconds(self.session.run, work)),  # type: ignore[misc]
-                lambda work=work: alone.append(self._stages_alone(work)),  # type: ignore[misc]
+                lambda work=work: alone.append(self.stages_alone(work)),  # type: ignore[misc]
             ]
             for side in sides[index % 3 :] + sides[: index % 3]:
                 side()
@@ -122,7 +122,7 @@ class Bench:
     def _backbone(self, batch: Batch) -> None:
         self.backbone.run(["probabilities"], batch)
 
-    def _stages_alone(self, work: Sequence[Batch]) -> list[float]:
+    def stages_alone(self, work: Sequence[Batch]) -> list[float]:
         """Seconds each stage takes over the rows of `work` that reach it, outside the executor."""
         seconds = [0.0] * len(self.stages)
         for batch in work:
