@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from .artifact import Artifact, file_spec, open_artifact, write_artifact
 from .data import ArrayRows, Rows, batches, fit_rows, open_data
+from .engine import share_threads
 from .errors import (
     ArtifactError,
     BatchDependentError,
@@ -67,5 +68,6 @@ __all__ = [
     "open_data",
     "parse_manifest",
     "render",
+    "share_threads",
     "write_artifact",
 ]

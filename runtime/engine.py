@@ -2,12 +2,14 @@
 
 Imported on first use, so that `import offramp.runtime` costs nothing and works where it is missing.
 
-Threads: every session owns a pool whose workers spin after each `run`, waiting for more. With one session
-per stage the idle pools steal the cores from the busy one. Measured on 2 cores, ResNet in 4 stages, time over
-the whole model in one session, batch 1 / 32: spinning 2.54 / 3.33; `allow_spinning=0` 1.18 / 1.12 but the
-model itself 1.6 times slower at batch 1; one process-wide pool 1.31 / 1.09; `force_spinning_stop` 1.30 / 1.10
-with the least milliseconds of all (0.70 against 1.03 without spinning). So workers spin while their own
-session runs and stop when it returns; the process-wide pool is as fast but is not a library's to impose.
+Threads: by default every session owns a pool whose workers spin after each `run`, waiting for more. With one session
+per stage the idle pools steal the cores from the busy one. Measured on 2 cores, ResNet-20 in 4 stages, no exit asked,
+time over the whole model in one session that has the same, batch 1 / 4 / 32: own pools 1.46 / 1.5 / 3.1;
+`force_spinning_stop`, where workers spin while their own session runs and must be woken by the next, 1.24 to 1.39 /
+1.12 to 1.16 / 1.06; ONNX Runtime's process-wide pool 1.16 to 1.19 / 1.06 to 1.09 / 1.02 to 1.04, the model itself as
+fast or faster. That pool is the best there is, but once it exists ONNX Runtime refuses every session of the process
+that wants one of its own, so it is not a library's to impose: `share_threads` is for the application to call. Without
+it workers stop spinning when their session returns.
 Spinning wants free cores: with another process busy on one of the two, batch 1 took 8.4 ms, 2.3 without
 spinning, 1.1 with one thread. On a machine that is shared take `threads=1`.
 
@@ -82,8 +84,12 @@ class EngineSession:
         try:
             options = _options(ort, threads)
             with _external(options, given.external):
-                self._session = ort.InferenceSession(given.proto, options, providers=providers)
-        except ArtifactError:
+                start = functools.partial(
+                    ort.InferenceSession, given.proto, options, providers=providers,
+                    enable_fallback=int(len(providers) > 1),  # with nothing to fall back on it only prints
+                )  # fmt: skip
+                self._session = _on_shared_pool(options, start)
+        except (ArtifactError, UsageError):
             raise
         except OSError as error:
             raise StorageError(
@@ -137,13 +143,51 @@ def _share_arena(ort: Any) -> None:
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, -1, -1, -1))  # no bound, growth as by default
 
 
+_shared: list[int] = []  # threads of the process's pool, once `share_threads` has made it
+
+
+def share_threads(threads: int | None = None) -> None:
+    """Let every ONNX Runtime session of this process, not only ours, run on one pool of `threads` threads.
+
+    The fastest way to run stages with more than one thread, most of all small batches of small models; `threads` None
+    takes the physical cores. To be called once, by the application, before sessions are made: from then on ONNX Runtime
+    refuses any session, of whatever library, that does not set `use_per_session_threads = False`. Ours do; to `load`
+    leave `threads` out.
+
+    Raises `UsageError` for a wrong number, or when the process has such a pool already.
+    """
+    check_threads(threads)
+    ort = find_onnxruntime()
+    try:
+        ort.set_global_thread_pool_sizes(threads or 0, 1)
+    except Exception as error:  # ONNX Runtime's errors share no other root
+        raise UsageError(f"threads cannot be shared anew ({_reason(error)}); call share_threads once") from error
+    _shared.append(threads or 0)
+
+
+def _on_shared_pool(options: Any, start: Callable[[], Any]) -> Any:
+    """Start a session; where someone else has made a pool for the whole process, on that one."""
+    try:
+        return start()
+    except Exception as error:
+        if "use_per_session_threads" not in str(error):
+            raise
+        options.use_per_session_threads = False
+        return start()
+
+
 def _options(ort: Any, threads: int | None) -> Any:
     _share_arena(ort)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
+    if _shared:
+        if threads is not None and threads != _shared[0]:
+            raise UsageError(f"threads is {threads}, but this process shares its threads; leave it out")
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # errors; warnings about the graph are the compiler's business
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.enable_mem_pattern = False
     return options

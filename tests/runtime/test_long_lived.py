@@ -10,6 +10,7 @@ import pytest
 from tiny import Tiny
 
 import offramp.runtime
+from offramp.runtime import load
 
 CALLS, WARM, THREADS = 100_000, 20_000, 4
 
@@ -95,6 +96,66 @@ def test_sessions_share_their_memory() -> None:
     one, others = map(int, done.stdout.split())
     assert one > 30 << 20, "the value between the two operators"
     assert others < one, "five more sessions of their own arenas would take five times as much"
+
+
+# Prints the threads of the process before and after sessions were made, with one pool or pools of their own.
+POOLS = """
+import sys
+from pathlib import Path
+import numpy as np
+import onnxruntime as ort
+from offramp.runtime import load, share_threads
+
+def threads():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+seen, sessions = [threads()], []
+if sys.argv[2] == "ours":
+    share_threads(3)
+elif sys.argv[2] == "theirs":
+    ort.set_global_thread_pool_sizes(3, 1)
+batch = {"x": np.ones((4, 6), np.float32), "side": np.ones((4, 3), np.float32)}
+for _ in range(3):
+    sessions.append(load(sys.argv[1], threads=3))
+    sessions[-1].run(batch)
+    seen.append(threads())
+print(*seen)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+@pytest.mark.parametrize("pool", ["ours", "theirs", "none"])
+def test_sessions_run_on_the_pool_that_the_process_has(tiny: Tiny, pool: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", POOLS, str(tiny.path), pool], capture_output=True, text=True, check=True
+    )
+    before, first, *others = map(int, done.stdout.split())
+    stages = len(load(tiny.path).manifest.stages)
+    assert first - before == (2 * stages if pool == "none" else 2)
+    assert others == ([first + 2 * stages, first + 4 * stages] if pool == "none" else [first, first])
+
+
+SHARED = """
+import sys
+from offramp.runtime import UsageError, load, share_threads
+
+said = []
+share_threads(2)
+for wrong in (lambda: share_threads(2), lambda: load(sys.argv[1], threads=1), lambda: share_threads(0)):
+    try:
+        wrong()
+    except UsageError as error:
+        said.append(str(error))
+print("\\n".join(said))
+"""
+
+
+def test_a_shared_pool_has_one_size_for_good(tiny: Tiny) -> None:
+    done = subprocess.run([sys.executable, "-c", SHARED, str(tiny.path)], capture_output=True, text=True, check=True)
+    again, other, none = done.stdout.splitlines()
+    assert "call share_threads once" in again
+    assert "threads is 1, but this process shares its threads" in other
+    assert "threads is 0" in none
 
 
 def test_the_installation_is_under_a_megabyte() -> None:
