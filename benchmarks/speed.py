@@ -1,12 +1,13 @@
 """How long an artifact takes in each of its forms, against the plain backbone and whatever else a person could run.
 
     python -m benchmarks.speed [--tasks resnet20 resnet56 sst2 resnet50] [--batches 1 2 4 8 16 32 64 128]
-        [--kind searched] [--earlyon DIR]
+        [--kind searched] [--earlyon DIR] [--own-pools]
 
     plain        the backbone in ONNX Runtime: what all others are divided by
     segments     the artifact, one model per stage
     single file  the artifact's `model.onnx`, in the same session class
     TorchScript  the artifact's `model.ts`, in PyTorch
+    by time      segments of an artifact whose exits were chosen by `--cost time --cost-batch 1` instead
     ideal        the sum over stages of the stage's own time on the rows that reach it; answers nothing
     no exit      segments with infinite thresholds: no row leaves, and heads that need not be asked are not
     eager        the backbone in PyTorch
@@ -14,11 +15,13 @@
     smaller      ResNet-20 in ONNX Runtime in place of ResNet-56
 
 Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exits chosen by FLOPs. All variants run in
-one process with the same number of threads. In every round each answers the same batches of test rows, the order turned
-by one and every second time backwards; ratios are taken within a round. Every variant's disagreement with the backbone,
-change in accuracy and exits over all test rows stand beside its times. Peak memory is that of a fresh process which
-loads one form and answers batches of 32, above numpy, onnxruntime and the rows. Writes benchmarks/results/speed.json
-after each task, keeping tasks that are not asked for, the README's tables and docs/speed.svg.
+one process with the same number of threads; all ONNX Runtime sessions on one pool of them, as `share_threads` makes it,
+or with --own-pools each on its own, as without that call. In every round each answers the same batches of test rows,
+the order turned by one and every second time backwards; ratios are taken within a round. Every variant's disagreement
+with the backbone, change in accuracy and exits over all test rows stand beside its times. Peak memory is that of a
+fresh process which loads one form and answers batches of 32, above numpy, onnxruntime and the rows. Writes
+benchmarks/results/speed.json after each task, keeping tasks that are not asked for, the README's tables and
+docs/speed.svg.
 """
 
 from __future__ import annotations
@@ -49,19 +52,21 @@ from benchmarks.speed_rivals import PROVIDERS, Answered, Batch, Variant, called,
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS, Task
 from offramp.compiler import ALL_TARGETS, Options, Ready, Training, capture, finish, train
-from offramp.compiler.emit import SCRIPT, backbone_model
+from offramp.compiler.costs import TIME
+from offramp.compiler.emit import SCRIPT, SEGMENTS, backbone_model
 from offramp.compiler.measure import Bench, machine, versions
 from offramp.compiler.search import Search
 from offramp.compiler.stream import tensors
-from offramp.runtime import Answers, load
+from offramp.runtime import Answers, load, share_threads
 from offramp.runtime.artifact import Artifact, open_artifact
 from offramp.runtime.table import percent
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "speed.svg"
 TITLES = {
-    "plain": "plain", "segments": "segments", "single_file": "single file", "torchscript": "TorchScript",
-    "ideal": "ideal", "no_exit": "no exit", "eager": "eager PyTorch", "earlyon": "earlyon", "smaller": "smaller model",
+    "plain": "plain", "segments": "segments", "by_time": "by time", "single_file": "single file",
+    "torchscript": "TorchScript", "ideal": "ideal", "no_exit": "no exit", "eager": "eager PyTorch",
+    "earlyon": "earlyon", "smaller": "smaller model",
 }  # fmt: skip
 RIVALLED = ("resnet20", "resnet56")  # by earlyon
 SMALLER = {"resnet56": "resnet20"}
@@ -95,8 +100,8 @@ print((peak() - before) / 1024, before / 1024)
 """
 
 
-def compiled(task: Task, kind: str, seed: int, threads: int) -> tuple[Ready, Artifact]:
-    """The task's artifact in all forms; heads trained before are taken up."""
+def compiled(task: Task, kind: str, seed: int, threads: int) -> tuple[Ready, Artifact, Artifact]:
+    """The task's artifact in all forms, and one chosen by time; heads trained before are taken up."""
     search = replace(Search(engine="tpe"), **task.search) if kind == "searched" else Search()
     options = Options(
         training=replace(Training(), **task.training), search=search, seed=seed, threads=threads, policy=task.policy,
@@ -105,14 +110,17 @@ def compiled(task: Task, kind: str, seed: int, threads: int) -> tuple[Ready, Art
     ready = made_ready(task, options)
     heads = train(ready, options, WORK / f"heads-{task.name}-{kind}.work", log)
     out = WORK / f"speed-{task.name}-{kind}"
+    by_time = out.with_name(f"{out.name}-time")
     finish(ready, heads, out, options, log)
-    return ready, open_artifact(out)
+    finish(ready, heads, by_time, replace(options, cost=TIME, targets=(SEGMENTS,), batches=()), log)
+    return ready, open_artifact(out), open_artifact(by_time)
 
 
-def ours(ready: Ready, artifact: Artifact, threads: int) -> dict[str, Variant]:
-    """The plain backbone, the artifact in its forms, their ideal, and segments that nothing leaves."""
+def ours(ready: Ready, artifact: Artifact, by_time: Artifact, threads: int) -> dict[str, Variant]:
+    """The plain backbone, the artifact in its forms, their ideal, segments that nothing leaves, and those by time."""
     assert ready.plain is not None
     bench = Bench(artifact, ready.plain, threads)
+    quick = load(by_time.path, providers=PROVIDERS, threads=threads)
     whole = load(artifact.path, providers=PROVIDERS, threads=threads, executor="single-file")
     script = torch.jit.load(str(artifact.path / SCRIPT))  # type: ignore[no-untyped-call]
     never = [math.inf] * (len(artifact.manifest.exits) - 1)
@@ -129,6 +137,7 @@ def ours(ready: Ready, artifact: Artifact, threads: int) -> dict[str, Variant]:
     return {
         "plain": in_onnxruntime(ready.plain, "backbone", threads),
         "segments": called(bench.session.run, read),
+        "by_time": called(quick.run, read),
         "single_file": called(whole.run, read),
         "torchscript": called(scripted, lambda given: (given[0].argmax(1), given[1])),
         "ideal": Variant(lambda work: sum(bench.stages_alone(work))),
@@ -212,14 +221,15 @@ def memory(ready: Ready, artifact: Artifact, threads: int) -> dict[str, float]:
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One task: compile, judge, time."""
     task = TASKS[name](args.seed)
-    ready, artifact = compiled(task, args.kind, args.seed, args.threads)
+    ready, artifact, by_time = compiled(task, args.kind, args.seed, args.threads)
     manifest = artifact.manifest
-    variants = ours(ready, artifact, args.threads)
+    variants = ours(ready, artifact, by_time, args.threads)
     truth, _ = answered(variants["plain"], ready, JUDGED)
     told: dict[str, Any] = {
-        "task": name, "kind": args.kind, "machine": machine(), "versions": versions(), "seed": args.seed,
-        "threads": args.threads, "rounds": args.rounds, "test_rows": len(truth),
+        "task": name, "kind": args.kind, "own_pools": args.own_pools, "machine": machine(), "versions": versions(),
+        "seed": args.seed, "threads": args.threads, "rounds": args.rounds, "test_rows": len(truth),
         "plan": asdict(manifest.plans[manifest.default_plan]), "exits": [spec.place for spec in manifest.exits],
+        "exits_by_time": [spec.place for spec in by_time.manifest.exits],
         "accuracy_backbone": manifest.evaluation.accuracy_backbone,
     }  # fmt: skip
     variants["eager"] = eager(task.model)
@@ -246,13 +256,18 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {**told, "load": os.getloadavg()[2]}
 
 
+def title(result: Mapping[str, Any]) -> str:
+    """What the tables call it."""
+    return f"{result['task']}, own pools" if result["own_pools"] else str(result["task"])
+
+
 def time_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Ratios to the plain backbone's time, medians and quartiles over rounds."""
     others = [name for name in TITLES if name != "plain"]
     rows = []
     for result in results:
         for one in result["batches"]:
-            cells = [f"{result['task']}, {one['batch']}", f"{one['variants']['plain']['ms']:.3f}"]
+            cells = [f"{title(result)}, {one['batch']}", f"{one['variants']['plain']['ms']:.3f}"]
             for name in others:
                 seen = one["variants"].get(name)
                 low, high = seen["ratio_quartiles"] if seen else (0, 0)
@@ -274,14 +289,14 @@ def answer_table(results: Sequence[Mapping[str, Any]]) -> str:
             shares = " / ".join(percent(share) for share in seen["exit_shares"])
             cells = (percent(seen["disagreement"], 2), f"{seen['accuracy_change'] * 100:.2f}", shares)
             alike.setdefault(cells, []).append(name)
-        rows += [[f"{result['task']}: {', '.join(names)}", *cells] for cells, names in alike.items()]
+        rows += [[f"{title(result)}: {', '.join(names)}", *cells] for cells, names in alike.items()]
     return markdown(("task: answered by", "disagreement", "accuracy, points", "leave at each exit"), rows)
 
 
 def memory_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Peak memory at batch 32."""
     forms = ("plain", "segments", "single_file")
-    rows = [[r["task"], *(f"{r['memory'][f'{form}_mib']:.1f} MiB" for form in forms)] for r in results]
+    rows = [[title(r), *(f"{r['memory'][f'{form}_mib']:.1f} MiB" for form in forms)] for r in results]
     return markdown((f"peak memory, batch {MEMORY_BATCH}", *(TITLES[form] for form in forms)), rows)
 
 
@@ -331,18 +346,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--earlyon", type=Path, metavar="DIR", help="where earlyon is installed")
     parser.add_argument("--earlyon-epochs", type=int, default=Training.epochs)
+    parser.add_argument("--own-pools", action="store_true", help="leave every session a pool of threads of its own")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     before = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
-    results = {result["task"]: result for result in before}
+    results = {title(result): result for result in before}
+    if not args.own_pools:
+        share_threads(args.threads)
     for name in args.tasks:
-        results[name] = measured(name, args)
-        ordered = [results[task] for task in TASKS if task in results]
+        told = measured(name, args)
+        results[title(told)] = told
+        ordered = sorted(results.values(), key=lambda r: (list(TASKS).index(r["task"]), r["own_pools"]))
         RESULTS.write_text(json.dumps({"command": "python -m benchmarks.speed", "results": ordered}, indent=1) + "\n")
         replace_block("speed", tables(ordered))
-        plot(ordered)
+        plot([result for result in ordered if not result["own_pools"]] or ordered)
 
 
 if __name__ == "__main__":
