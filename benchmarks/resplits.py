@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.compiler import Costs, Options, Recording, Records
+from offramp.compiler import Costs, Options, Recording
 from offramp.compiler.compile import choose_exits, records
 from offramp.compiler.measure import usable_cores
 from offramp.runtime.selection import disagreement, exits_taken, expected_cost
@@ -51,7 +51,7 @@ def judge(answers: Answers, options: Options, seed: int, seen: int = 0) -> dict[
     """One split: compute saved, disagreement and accuracy on its test rows. `seen` as for `deal`."""
     every = records(answers.recording, answers.temperatures)
     parts = deal(every.rows, seed, seen)
-    dealt = {name: Records(every.confidence[rows], every.agrees[rows]) for name, rows in parts.items()}
+    dealt = {name: every.of(rows) for name, rows in parts.items()}
     selection, *_ = choose_exits(dealt, answers.costs, options)
     rows, test = parts["test"], dealt["test"]
     plan = selection.chosen, selection.thresholds

@@ -21,7 +21,7 @@ exact in float64 and the order of the rows cannot decide between two plans. Noth
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ _RISK_UNITS = 2**20
 _EXACT = 2**52  # float64 integers stay exact below this
 _BISECTIONS = 12
 _SWEEPS = 12
+_LEFT = (1.0, 0.75, 0.5, 0.25)  # shares of the tolerance that is left, as the risk predicts them
 WORK = 1.2e8  # (rows + overhead) x candidates that the pair moves may scan: a clock that repeats itself
 _OVERHEAD = 2000  # rows that a numpy call's fixed price is worth
 
@@ -109,18 +110,8 @@ def search(
     further plans to descend from and, where they keep the tolerance, to beat; work: what the pair moves may scan, in
     (rows + overhead) x candidates.
     """
-    total = float(segment.sum())
-    up = np.ascontiguousarray(np.ceil(risk.T * _RISK_UNITS) / _RISK_UNITS)
-    rows = len(risk)
-    problem = _Problem(
-        columns,
-        up,
-        np.rint(np.cumsum(segment) / total * _COST_UNITS),
-        np.rint(np.minimum(head / total, 2.0) * _COST_UNITS),  # dearer than the backbone is never chosen
-        _limit(tolerance, rows),
-    )
-    nothing = np.zeros(len(columns), np.int64)
-    everything = np.full(len(columns), rows, np.int64)
+    problem, rows = _problem(columns, risk, segment, head, tolerance), len(risk)
+    nothing, everything = _ends(problem)
     starts = (everything, nothing, *starts)
     plans = [*starts, _descend(problem, everything, 0.0)]
     low, high, steps = 0.0, float(np.log2(_EXACT / rows)), _BISECTIONS
@@ -142,6 +133,58 @@ def search(
         if cost < best_cost:
             best_cost, best = cost, cuts
     return best
+
+
+def boldest(
+    columns: tuple[Column, ...],
+    risk: Floats,
+    observed: Floats,
+    segment: Floats,
+    head: Floats,
+    tolerance: float,
+) -> Ints:
+    """Of the plans that are best for cost + λ·risk the boldest whose `observed` risk is within the tolerance.
+
+    `risk` and `observed` [rows, candidates] in [0, 1], the rest as for `search`. Such plans lie on the lower hull; what
+    of the tolerance is left between two of them is spent by cutting one exit after the other anew.
+    """
+    told, seen = (_problem(columns, values, segment, head, tolerance) for values in (risk, observed))
+    nothing, everything = _ends(told)
+    plans = [nothing]
+    low, high = 0.0, float(np.log2(_EXACT / len(risk)))
+    for start, steps in ((everything, _BISECTIONS), (nothing, _BISECTIONS // 2)):
+        sides, at = _bisect(told, start, low, high, steps, seen)
+        plans += sides
+        low, high = at - 1, at + 1
+    best = min((cuts for cuts in plans if _within(seen, cuts)), key=lambda cuts: _evaluate(seen, cuts)[0])
+    risk_now, risk_seen = _evaluate(told, best)[1], _evaluate(seen, best)[1]
+    for share in _LEFT if 0 < risk_seen < seen.limit else ():
+        more = 1 + share * (seen.limit / risk_seen - 1)
+        filled = _fill(replace(told, limit=float(np.floor(risk_now * more * _RISK_UNITS) / _RISK_UNITS)), best)
+        if filled is not None and _within(seen, filled):
+            return filled
+    return best
+
+
+def _within(problem: _Problem, cuts: Ints) -> bool:
+    return _evaluate(problem, cuts)[1] <= problem.limit
+
+
+def _problem(columns: tuple[Column, ...], risk: Floats, segment: Floats, head: Floats, tolerance: float) -> _Problem:
+    total = float(segment.sum())
+    return _Problem(
+        columns,
+        np.ascontiguousarray(np.ceil(risk.T * _RISK_UNITS) / _RISK_UNITS),
+        np.rint(np.cumsum(segment) / total * _COST_UNITS),
+        np.rint(np.minimum(head / total, 2.0) * _COST_UNITS),  # dearer than the backbone is never chosen
+        _limit(tolerance, len(risk)),
+    )
+
+
+def _ends(problem: _Problem) -> tuple[Ints, Ints]:
+    """No exit answers, every exit answers everything."""
+    candidates = len(problem.columns)
+    return np.zeros(candidates, np.int64), np.full(candidates, problem.rows, np.int64)
 
 
 def _limit(tolerance: float, rows: int) -> float:
@@ -213,14 +256,19 @@ def _descend(problem: _Problem, cuts: Ints, weight: float) -> Ints:
     return cuts
 
 
-def _bisect(problem: _Problem, start: Ints, low: float, high: float, steps: int) -> tuple[list[Ints], float]:
-    """Plans on both sides of the λ = 2^x at which the limit starts to bind, low <= x <= high, and that x."""
+def _bisect(
+    problem: _Problem, start: Ints, low: float, high: float, steps: int, held: _Problem | None = None
+) -> tuple[list[Ints], float]:
+    """Plans on both sides of the λ = 2^x at which the limit starts to bind, low <= x <= high, and that x.
+
+    The limit is that of the problem itself, or of the one `held` to.
+    """
     within = beyond = None
     cuts = start
     for _ in range(steps):
         middle = (low + high) / 2
         cuts = _descend(problem, cuts, float(np.rint(2.0**middle)))
-        if _evaluate(problem, cuts)[1] <= problem.limit:
+        if _evaluate(held or problem, cuts)[1] <= problem.limit:
             within, high = cuts, middle
         else:
             beyond, low = cuts, middle
