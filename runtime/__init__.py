@@ -31,6 +31,7 @@ from .errors import (
     PassError,
     PlanError,
     ProviderError,
+    ProviderWarning,
     StorageError,
     UsageError,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "PassError",
     "PlanError",
     "ProviderError",
+    "ProviderWarning",
     "Rows",
     "Session",
     "StorageError",

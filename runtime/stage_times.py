@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .artifact import Artifact
-from .engine import EngineSession, ModelBytes, choose_providers
+from .engine import EngineSession, ModelBytes, choose_providers, start_sessions
 from .errors import UsageError
 from .execution import ASK, CONFIDENCE, PROBABILITIES
 from .manifest import StageSpec, TensorSpec
@@ -87,10 +87,10 @@ def time_stages(
     """Time stages whose models `model` finds by their file names, each on so many of the inputs `rows` in turn."""
     batch = max(sizes)
     calls, gather = [], np.zeros(len(stages))
-    chosen = choose_providers(None)
+    models = ((spec.file, model(spec.file)) for spec in stages)
+    sessions = start_sessions(models, choose_providers(None), threads, strict=False)
     live = {name: np.ascontiguousarray(values[:batch]) for name, values in rows.items()}
-    for spec in stages:
-        session = EngineSession(model(spec.file), spec.file, chosen, threads, strict=False)
+    for spec, session in zip(stages, sessions, strict=True):
         calls.append(_Calls(session, {name: live[name] for name in spec.inputs}, spec.outputs))
         known = {**live, **calls[-1].passed()}
         live = {name: known[name] for name in spec.carries}

@@ -1,0 +1,396 @@
+"""`OnDevice` on the device "cpu": the answers of `Segments`, in padded batches, with few reads by the host."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Compiled
+from tiny import INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all
+
+from offramp.runtime import ArtifactError, ProviderError, ProviderWarning, Session, TensorSpec, load
+from offramp.runtime import engine as engine_module
+from offramp.runtime import on_device as on_device_module
+from offramp.runtime import session as session_module
+from offramp.runtime.artifact import Artifact, open_artifact, write_artifact
+from offramp.runtime.engine import CPU, CUDA, CUDA_OPTIONS, EngineSession, start_sessions
+from offramp.runtime.manifest import Manifest
+from offramp.runtime.on_device import OnDevice
+
+LEVELS = st.floats(0, 1, width=32) | st.just(INF)
+
+
+def device_session(artifact: Artifact, measured: tuple[int, ...] = (), worth: tuple[float, ...] = ()) -> Session:
+    """A session whose values are OrtValues on the host; `measured` are the sizes worth padding to."""
+    manifest = replace(artifact.manifest, measured=replace(artifact.manifest.measured, worth_dropping=worth))
+    models = ((stage.file, artifact.model(stage.file)) for stage in manifest.stages)
+    executor = OnDevice(manifest, start_sessions(models, [CPU], 1, strict=True), "cpu")
+    executor._measured = measured
+    return Session(replace(artifact, manifest=manifest), executor)
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny: Tiny) -> Artifact:
+    return open_artifact(tiny.path)
+
+
+@pytest.fixture(scope="module", params=[(), (8, 20), (40,)], ids=["doubling", "measured", "one size"])
+def session(artifact: Artifact, request: pytest.FixtureRequest) -> Session:
+    return device_session(artifact, request.param)
+
+
+class Calls:
+    """What the host and the sessions did: runs as (model, rows each value had), and the shapes the host read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs: list[tuple[str, int]] = []
+        self.reads: list[tuple[int, ...]] = []
+        self.on_host: list[set[str]] = []
+        run_bound, download = EngineSession.run_bound, engine_module.download
+
+        def ran(engine: EngineSession, outputs: dict[str, str], feed: dict[str, Any]) -> list[Any]:
+            values = run_bound(engine, outputs, feed)
+            (rows,) = {value.shape()[0] for value in feed.values() if value.shape()} if "rows" not in feed else {0}
+            self.runs.append((Path(engine.name).name, rows or feed["rows"].shape()[0]))
+            return values
+
+        def read(value: Any) -> np.ndarray:
+            self.reads.append(tuple(value.shape()))
+            return download(value)
+
+        def refused(*_: Any) -> None:
+            raise AssertionError("values went through the host")
+
+        monkeypatch.setattr(EngineSession, "run_bound", ran)
+        monkeypatch.setattr(EngineSession, "run", refused)
+        monkeypatch.setattr(on_device_module, "download", read)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**16), size=st.integers(1, 33), thresholds=st.tuples(LEVELS, LEVELS))
+def test_answers_are_those_of_segments(
+    tiny: Tiny, session: Session, seed: int, size: int, thresholds: tuple[float, float]
+) -> None:
+    rows = batch(size, seed)
+    sure = ~doubtful(rows, thresholds)
+    expected = segments(tiny).run(rows, thresholds=thresholds)
+    answers = session.run(rows, thresholds=thresholds)
+    np.testing.assert_array_equal(answers.exits[sure], expected.exits[sure])
+    np.testing.assert_array_equal(answers.classes[sure], expected.classes[sure])
+    np.testing.assert_allclose(answers.probabilities[sure], expected.probabilities[sure], atol=1e-5)
+    np.testing.assert_allclose(answers.confidence[sure], expected.confidence[sure], atol=1e-5)
+    assert [a.dtype for a in vars(answers).values()] == [a.dtype for a in vars(expected).values()]
+
+
+_LOADED: dict[Path, Session] = {}
+
+
+def segments(tiny: Tiny) -> Session:
+    if tiny.path not in _LOADED:
+        _LOADED[tiny.path] = load(tiny.path, providers=[CPU], threads=1, executor="segments")
+    return _LOADED[tiny.path]
+
+
+@pytest.mark.parametrize("worth", [(), (0.6, 0.6), (1.0, 1.0)])
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**16), size=st.integers(1, 33))
+def test_every_row_may_have_thresholds_of_its_own(
+    artifact: Artifact, worth: tuple[float, ...], seed: int, size: int
+) -> None:
+    rows = batch(size, seed)
+    tolerances = np.random.default_rng(seed).choice([0.0, 0.001, 0.01], size)
+    session = device_session(artifact, (6, 12), worth)
+    answers = session.run(rows, tolerance=tolerances)
+    for tolerance in (0.0, 0.001, 0.01):
+        thresholds = artifact.manifest.thresholds(tolerance)
+        own = np.flatnonzero((tolerances == tolerance) & ~doubtful(rows, thresholds))
+        probabilities, exits = reference(rows, thresholds)
+        np.testing.assert_array_equal(answers.exits[own], exits[own])
+        np.testing.assert_allclose(answers.probabilities[own], probabilities[own], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 32, 33, 257])
+def test_run_all_gives_every_exit_for_every_row_and_nothing_of_the_padding(session: Session, size: int) -> None:
+    rows = batch(size)
+    everything = session.run_all(rows)
+    assert everything.probabilities.shape == (3, size, 5)
+    np.testing.assert_allclose(everything.probabilities, reference_all(rows), atol=1e-5)
+    np.testing.assert_array_equal(everything.confidence, everything.probabilities.max(axis=2, initial=-1))
+
+
+@pytest.mark.parametrize("thresholds", [(0.0, 0.0), (INF, INF), (INF, 0.0), (2.0, 2.0), THRESHOLDS])
+def test_stream_hands_over_each_row_once(session: Session, thresholds: tuple[float, float]) -> None:
+    rows = batch(27)
+    whole = session.run(rows, thresholds=thresholds)
+    parts = list(session.stream(rows, thresholds=thresholds))
+    np.testing.assert_array_equal(np.sort(np.concatenate([index for index, _ in parts])), np.arange(27))
+    for index, answers in parts:
+        np.testing.assert_array_equal(answers.exits, whole.exits[index])
+        np.testing.assert_array_equal(answers.probabilities, whole.probabilities[index])
+
+
+def test_a_stage_runs_only_when_its_rows_are_asked_for(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, calls = device_session(artifact), Calls(monkeypatch)
+    stream = session.stream(batch(64))
+    assert calls.runs == []
+    next(stream)
+    assert calls.runs == [("0.onnx", 64)]
+    next(stream)
+    assert [name for name, _ in calls.runs] == ["0.onnx", "1.onnx"]
+
+
+def left_after(rows: dict[str, np.ndarray], thresholds: tuple[float, float]) -> tuple[int, int]:
+    exits = reference(rows, thresholds)[1]
+    return int((exits > 0).sum()), int((exits > 1).sum())
+
+
+def test_batches_are_padded_to_sizes(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = batch(60)
+    after = left_after(rows, THRESHOLDS)
+    assert 16 < after[1] < after[0] < 56, "else the sizes below are not what this is about"
+    sessions = {
+        "doubling": (device_session(artifact), 60),
+        "measured": (device_session(artifact, (after[1] + 1, 57, 80)), 80),
+        "beyond": (device_session(artifact, (3, 24)), 60),
+    }
+    calls = Calls(monkeypatch)
+    seen = {}
+    for name, (session, first) in sessions.items():
+        calls.runs.clear()
+        session.run(rows)
+        seen[name] = [size for model, size in calls.runs if model != "compaction"]
+        assert seen[name][0] == first
+    up = [1 << (left - 1).bit_length() for left in after]
+    assert seen["doubling"] == [60, *(min(size, 60) for size in up)]
+    assert seen["measured"] == [80, 57, after[1] + 1]
+    assert seen["beyond"][1:] == [next(s for s in (3, 24, 32, 60) if left <= s) for left in after]
+
+
+def test_rows_are_dropped_only_where_a_smaller_size_is_reached_and_pays(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = batch(60)
+    after = left_after(rows, THRESHOLDS)
+    sizes = (after[1], 60)
+    saved = 1 - after[1] / 60
+    expected = {
+        (): [60, 60, after[1]],  # the first exit's rows alone reach no smaller size
+        (0.0, saved): [60, 60, after[1]],
+        (0.0, saved + 0.01): [60, 60, 60],
+        (1.0, 1.0): [60, 60, 60],
+    }
+    sessions = {worth: device_session(artifact, sizes, worth) for worth in expected}
+    calls = Calls(monkeypatch)
+    for worth, session in sessions.items():
+        calls.runs.clear()
+        session.run(rows)
+        assert [size for name, size in calls.runs if name != "compaction"] == expected[worth], worth
+        assert [size for name, size in calls.runs if name == "compaction"] == [after[1]] * (expected[worth][2] < 60)
+
+
+def test_the_host_reads_confidences_and_answers_and_no_more(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, calls = device_session(artifact, (8, 40)), Calls(monkeypatch)
+    cases = {
+        (2.0, 2.0): [(40,), (40,), (40,), (40, 5)],  # nobody leaves: the confidence alone, then the answer
+        (INF, INF): [(40,), (40, 5)],  # nobody is asked
+        (0.0, 0.0): [(40,), (40, 5)],
+        (INF, 0.0): [(40,), (40, 5)],
+    }
+    for thresholds, reads in cases.items():
+        calls.reads.clear()
+        session.run(batch(33), thresholds=thresholds)
+        assert calls.reads == reads, thresholds
+    calls.reads.clear()
+    exits = session.run(batch(33)).exits
+    assert set(exits) == {0, 1, 2}
+    assert len([shape for shape in calls.reads if len(shape) == 1]) == 3, "one confidence per exit"
+    assert len([shape for shape in calls.reads if len(shape) == 2]) == 3, "and one answer, where rows leave"
+
+
+def test_the_caller_s_arrays_are_left_alone(session: Session) -> None:
+    rows = {name: np.asfortranarray(value) for name, value in batch(33).items()}
+    before = {name: value.copy() for name, value in rows.items()}
+    answers = session.run(rows)
+    session.run_all(rows)
+    np.testing.assert_array_equal(answers.exits, session.run(before).exits)
+    for name, value in rows.items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_compiled_artifact_with_unasked_heads(compiled: Compiled) -> None:
+    images = compiled.digits.images[:33]
+    expected = load(compiled.path, providers=[CPU], threads=1, executor="segments")
+    session = device_session(open_artifact(compiled.path), (5, 16, 40))
+    exits = len(compiled.manifest.exits)
+    assert exits > 1
+    plans = [(INF,) * (exits - 1), (0.0,) * (exits - 1), compiled.manifest.thresholds()]
+    plans += [tuple(INF if other != one else 0.9 for other in range(exits - 1)) for one in range(exits - 1)]
+    for size in (1, 4, 5, 17, 33):
+        for plan in plans:
+            want, got = (s.run(images[:size], thresholds=plan) for s in (expected, session))
+            np.testing.assert_array_equal(got.exits, want.exits)
+            np.testing.assert_allclose(got.probabilities, want.probabilities, atol=1e-5)
+        everything = session.run_all(images[:size])
+        np.testing.assert_allclose(everything.probabilities, expected.run_all(images[:size]).probabilities, atol=1e-5)
+
+
+def test_a_stage_the_manifest_does_not_describe_is_refused(tiny: Tiny, artifact: Artifact) -> None:
+    stages = tiny.manifest.stages
+    wrong = replace(tiny.manifest, stages=(stages[0], stages[1], replace(stages[2], inputs=("h1", "skip"))))
+    models = ((stage.file, artifact.model(stage.file)) for stage in stages)
+    with pytest.raises(ArtifactError, match="model and manifest differ on 'side'"):
+        OnDevice(wrong, start_sessions(models, [CPU], 1, strict=True), "cpu")
+
+
+def test_a_value_that_is_carried_and_never_read_does_no_harm(artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    *carrying, last = manifest.stages
+    stages = (*(replace(stage, carries=(*stage.carries, "idle")) for stage in carrying), last)
+    inputs = (*manifest.inputs, TensorSpec("idle", "int64", ("batch", 2)))
+    session = device_session(replace(artifact, manifest=replace(manifest, stages=stages, inputs=inputs)))
+    rows = {**batch(33), "idle": np.zeros((33, 2), np.int64)}
+    np.testing.assert_array_equal(session.run(rows).exits, reference(batch(33), THRESHOLDS)[1])
+
+
+@pytest.fixture
+def cuda_is_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """An ONNX Runtime with CUDA in it, on a machine where it does not start; yields the providers sessions ask for."""
+    asked: list[Any] = []
+    inference = onnxruntime.InferenceSession
+
+    def created(model: bytes, options: Any, providers: list[Any], **more: Any) -> Any:
+        asked.append(providers)
+        names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+        return inference(model, options, providers=[name for name in names if name != CUDA] or [CPU], **more)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", created)
+    monkeypatch.setattr(engine_module, "_missing_driver", lambda: "")
+    yield asked
+
+
+def test_cuda_that_does_not_start_is_warned_of_once_per_load(tiny: Tiny, cuda_is_installed: list[Any]) -> None:
+    for _ in range(2):
+        cuda_is_installed.clear()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            session = load(tiny.path, threads=1)
+        (warning,) = said
+        assert warning.category is ProviderWarning
+        assert warning.filename == __file__
+        text = str(warning.message)
+        assert "CUDAExecutionProvider could not start (a driver or library is missing)" in text
+        assert "running on CPUExecutionProvider" in text
+        assert "providers=['CPUExecutionProvider']" in text
+        assert cuda_is_installed == [[(CUDA, CUDA_OPTIONS), CPU], [CPU], [CPU]], "later stages do not try again"
+        np.testing.assert_array_equal(session.run(batch(9)).exits, reference(batch(9), THRESHOLDS)[1])
+
+
+def test_meaning_the_cpu_is_silent(tiny: Tiny, cuda_is_installed: list[Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tiny.path, providers=[CPU], threads=1)
+    assert cuda_is_installed == [[CPU]] * 3
+
+
+def test_cuda_asked_for_by_name_is_refused(tiny: Tiny, cuda_is_installed: list[Any]) -> None:
+    for providers in ([CUDA], [CUDA, CPU]):
+        cuda_is_installed.clear()
+        with pytest.raises(ProviderError, match=r"could not start .*works with CPUExecutionProvider"):
+            load(tiny.path, providers=providers)
+        assert len(cuda_is_installed) == 1
+
+
+def test_without_a_driver_onnxruntime_is_not_even_asked_for_cuda(
+    tiny: Tiny, cuda_is_installed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_missing_driver", lambda: "no NVIDIA driver: libcuda.so.1 is not there")
+    with pytest.warns(ProviderWarning, match=r"could not start \(no NVIDIA driver: libcuda"):
+        load(tiny.path, threads=1)
+    assert cuda_is_installed == [[CPU]] * 3
+    with pytest.raises(ProviderError, match="no NVIDIA driver"):
+        load(tiny.path, providers=[CUDA])
+
+
+def test_a_driver_is_looked_for_by_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(engine_module.ctypes, "CDLL", found.append)
+    assert engine_module._missing_driver() == ""
+    monkeypatch.setattr(engine_module.sys, "platform", "win32")
+    assert engine_module._missing_driver() == ""
+    assert found[-1] == "nvcuda.dll"
+
+    def absent(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(engine_module.ctypes, "CDLL", absent)
+    assert engine_module._missing_driver() == "no NVIDIA driver: nvcuda.dll is not there"
+
+
+def test_a_provider_that_throws_is_done_without_and_a_wrong_model_is_not(
+    tiny: Tiny, cuda_is_installed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = onnxruntime.InferenceSession
+
+    def throws(model: bytes, options: Any, providers: list[Any], **more: Any) -> Any:
+        if not isinstance(providers[0], str):
+            raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected")
+        return create(model, options, providers, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", throws)
+    with pytest.warns(ProviderWarning, match="could not start .CUDA failure 100: no CUDA-capable device"):
+        load(tiny.path, threads=1)
+    with pytest.raises(ProviderError, match="CUDA failure 100"):
+        load(tiny.path, providers=[CUDA])
+    with pytest.raises(ArtifactError, match="refused by onnxruntime"):
+        EngineSession(b"not a model", "wrong", [CUDA, CPU], 1, strict=False)
+
+
+def test_load_takes_the_device_executor_where_all_stages_started_on_one(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    class Recorded(OnDevice):
+        def __init__(self, manifest: Manifest, sessions: list[EngineSession], device: str) -> None:
+            made.append(device)
+            super().__init__(manifest, sessions, "cpu")
+
+    class Started:
+        def __init__(self, *providers: str) -> None:
+            self.providers = providers
+
+    on_gpu, on_cpu = Started(CUDA, CPU), Started(CPU)
+    assert engine_module.device_of([on_gpu, on_gpu]) == "cuda"  # type: ignore[list-item]
+    assert engine_module.device_of([on_gpu, on_cpu]) is None  # type: ignore[list-item]
+    monkeypatch.setattr(session_module, "OnDevice", Recorded)
+    load(tiny.path, threads=1)
+    assert made == []
+    monkeypatch.setattr(session_module, "device_of", lambda sessions: "cuda")
+    with load(tiny.path, threads=1) as session:
+        assert made == ["cuda"]
+        rows = batch(40)
+        np.testing.assert_array_equal(session.run(rows).exits, reference(rows, THRESHOLDS)[1])
+    load(tiny.path, threads=1, executor="single-file")
+    assert made == ["cuda"], "the single file compacts inside"
+
+
+def test_measured_sizes_of_an_artifact_are_used(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_device_module, "measured_sizes", lambda manifest: (64,))
+    write_artifact(tmp_path / "artifact", tiny.manifest, tiny.files)
+    artifact = open_artifact(tmp_path / "artifact")
+    models = ((stage.file, artifact.model(stage.file)) for stage in artifact.manifest.stages)
+    session = Session(artifact, OnDevice(artifact.manifest, start_sessions(models, [CPU], 1, strict=True), "cpu"))
+    calls = Calls(monkeypatch)
+    session.run(batch(9))
+    assert {size for _, size in calls.runs} == {64}
