@@ -47,6 +47,7 @@ from .errors import ArtifactError, InputError, ProviderError, ProviderWarning, S
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 DEFAULT_PROVIDERS = (CUDA, CPU)
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+HOST = "cpu"  # the device that arrays lie on
 Value = Any  # an OrtValue: a tensor on the host or on a device
 
 
@@ -143,7 +144,7 @@ class EngineSession:
     def run_bound(self, outputs: Mapping[str, str], feed: Mapping[str, Value]) -> list[Value]:
         """As `run`, on values that lie where they are; `outputs` says on which device each is wanted, such as "cuda".
 
-        What is wanted on "cpu" is copied there before the call returns, in the same wait for the device.
+        What is wanted on the host is copied there before the call returns, in the same wait for the device.
         """
         try:
             binding = self._session.io_binding()  # one per call: threads may share a session
@@ -192,7 +193,7 @@ def device_of(sessions: Sequence[EngineSession]) -> str | None:
 
 
 def upload(array: np.ndarray, device: str) -> Value:
-    """A value of the array's contents on a device; on "cpu" it is the array's own memory."""
+    """A value of the array's contents on a device; on the host it is the array's own memory."""
     return find_onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
 
 

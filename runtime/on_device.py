@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .buckets import buckets_for, measured_sizes
-from .engine import EngineSession, Value, download, upload
+from .engine import HOST, EngineSession, Value, download, upload
 from .execution import (
     ASK,
     CONFIDENCE,
@@ -37,7 +37,6 @@ from .execution import (
 from .gather import ROWS, gather_model, kind_of
 from .manifest import Manifest
 
-HOST = "cpu"
 _NEVER = float("inf")
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,16 @@ from hypothesis import strategies as st
 from models import Compiled
 from tiny import INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all
 
-from offramp.runtime import ArtifactError, ProviderError, ProviderWarning, Session, TensorSpec, load
+from offramp.runtime import ArtifactError, Session, TensorSpec, load
 from offramp.runtime import engine as engine_module
 from offramp.runtime import on_device as on_device_module
 from offramp.runtime import session as session_module
+from offramp.runtime import stage_times as stage_times_module
 from offramp.runtime.artifact import Artifact, open_artifact, write_artifact
-from offramp.runtime.engine import CPU, CUDA, CUDA_OPTIONS, EngineSession, start_sessions
+from offramp.runtime.engine import CPU, CUDA, EngineSession, start_sessions
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.on_device import OnDevice
+from offramp.runtime.stage_times import measure_stages
 
 LEVELS = st.floats(0, 1, width=32) | st.just(INF)
 
@@ -50,10 +51,9 @@ def session(artifact: Artifact, request: pytest.FixtureRequest) -> Session:
 class Calls:
     """What the host and the sessions did: runs as (model, rows each value had), and the shapes the host read."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, forbid: bool = True) -> None:
         self.runs: list[tuple[str, int]] = []
         self.reads: list[tuple[int, ...]] = []
-        self.on_host: list[set[str]] = []
         run_bound, download = EngineSession.run_bound, engine_module.download
 
         def ran(engine: EngineSession, outputs: dict[str, str], feed: dict[str, Any]) -> list[Any]:
@@ -70,7 +70,8 @@ class Calls:
             raise AssertionError("values went through the host")
 
         monkeypatch.setattr(EngineSession, "run_bound", ran)
-        monkeypatch.setattr(EngineSession, "run", refused)
+        if forbid:
+            monkeypatch.setattr(EngineSession, "run", refused)
         monkeypatch.setattr(on_device_module, "download", read)
 
 
@@ -227,6 +228,25 @@ def test_the_caller_s_arrays_are_left_alone(session: Session) -> None:
         np.testing.assert_array_equal(value, before[name])
 
 
+def test_threads_may_share_a_session(artifact: Artifact) -> None:
+    session = device_session(artifact, (4, 16))
+    wrong: list[int] = []
+
+    def answer(seed: int) -> None:
+        for size in (1, 7, 33) * 5:
+            rows = batch(size, seed)
+            sure = ~doubtful(rows, THRESHOLDS)
+            if not np.array_equal(session.run(rows).exits[sure], reference(rows, THRESHOLDS)[1][sure]):
+                wrong.append(seed)
+
+    workers = [threading.Thread(target=answer, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
 def test_a_compiled_artifact_with_unasked_heads(compiled: Compiled) -> None:
     images = compiled.digits.images[:33]
     expected = load(compiled.path, providers=[CPU], threads=1, executor="segments")
@@ -242,6 +262,60 @@ def test_a_compiled_artifact_with_unasked_heads(compiled: Compiled) -> None:
             np.testing.assert_allclose(got.probabilities, want.probabilities, atol=1e-5)
         everything = session.run_all(images[:size])
         np.testing.assert_allclose(everything.probabilities, expected.run_all(images[:size]).probabilities, atol=1e-5)
+
+
+class Elsewhere:
+    """A device called "elsewhere", made of the host; where values were put and wanted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+        self.put: list[tuple[str, np.dtype[Any]]] = []
+        self.wanted: list[dict[str, str]] = []
+        run_bound, upload = EngineSession.run_bound, engine_module.upload
+
+        def ran(engine: EngineSession, outputs: dict[str, str], feed: dict[str, Any]) -> list[Any]:
+            self.wanted.append(outputs)
+            return run_bound(engine, dict.fromkeys(outputs, "cpu"), feed)
+
+        def placed(array: np.ndarray, device: str) -> Any:
+            self.put.append((device, array.dtype))
+            return upload(array, "cpu")
+
+        monkeypatch.setattr(EngineSession, "run_bound", ran)
+        monkeypatch.setattr(module, "upload", placed)
+
+    def assert_only_confidences_and_questions_are_on_the_host(self) -> None:
+        assert {name for outputs in self.wanted for name, device in outputs.items() if device == "cpu"} == {
+            "confidence"
+        }
+        assert {device for outputs in self.wanted for device in outputs.values()} == {"cpu", "elsewhere"}
+        assert {kind for device, kind in self.put if device == "cpu"} <= {np.dtype(np.bool_)}
+        assert {device for device, _ in self.put} >= {"elsewhere"}
+
+
+def test_values_stay_on_the_device(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = open_artifact(compiled.path)
+    device = Elsewhere(monkeypatch, on_device_module)
+    models = [(stage.file, artifact.model(stage.file)) for stage in artifact.manifest.stages]
+    executor = OnDevice(artifact.manifest, start_sessions(models, [CPU], 1, strict=True), "elsewhere")
+    for thresholds in (None, (INF,) * (len(models) - 1)):
+        Session(artifact, executor).run(compiled.digits.images[:33], thresholds=thresholds)
+    device.assert_only_confidences_and_questions_are_on_the_host()
+
+
+def test_stages_are_timed_on_values_that_stay_on_the_device(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_host = measure_stages(artifact, 6, 1, rounds=1)
+    device = Elsewhere(monkeypatch, stage_times_module)
+    monkeypatch.setattr(stage_times_module, "device_of", lambda sessions: "elsewhere")
+    found = measure_stages(artifact, 6, 1, rounds=1)
+    device.assert_only_confidences_and_questions_are_on_the_host()
+    assert {"g0", "g1", "g2"} in [set(outputs) for outputs in device.wanted], "compaction is timed there as well"
+    assert found.sizes == on_host.sizes == (1, 2, 4, 6)
+    assert found.asked.shape == on_host.asked.shape
+    assert (found.asked > 0).all()
+    assert (found.gather[:2] > 0).all()
+    assert found.gather[2] == 0
 
 
 def test_a_stage_the_manifest_does_not_describe_is_refused(tiny: Tiny, artifact: Artifact) -> None:
@@ -260,100 +334,6 @@ def test_a_value_that_is_carried_and_never_read_does_no_harm(artifact: Artifact)
     session = device_session(replace(artifact, manifest=replace(manifest, stages=stages, inputs=inputs)))
     rows = {**batch(33), "idle": np.zeros((33, 2), np.int64)}
     np.testing.assert_array_equal(session.run(rows).exits, reference(batch(33), THRESHOLDS)[1])
-
-
-@pytest.fixture
-def cuda_is_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """An ONNX Runtime with CUDA in it, on a machine where it does not start; yields the providers sessions ask for."""
-    asked: list[Any] = []
-    inference = onnxruntime.InferenceSession
-
-    def created(model: bytes, options: Any, providers: list[Any], **more: Any) -> Any:
-        asked.append(providers)
-        names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
-        return inference(model, options, providers=[name for name in names if name != CUDA] or [CPU], **more)
-
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", created)
-    monkeypatch.setattr(engine_module, "_missing_driver", lambda: "")
-    yield asked
-
-
-def test_cuda_that_does_not_start_is_warned_of_once_per_load(tiny: Tiny, cuda_is_installed: list[Any]) -> None:
-    for _ in range(2):
-        cuda_is_installed.clear()
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            session = load(tiny.path, threads=1)
-        (warning,) = said
-        assert warning.category is ProviderWarning
-        assert warning.filename == __file__
-        text = str(warning.message)
-        assert "CUDAExecutionProvider could not start (a driver or library is missing)" in text
-        assert "running on CPUExecutionProvider" in text
-        assert "providers=['CPUExecutionProvider']" in text
-        assert cuda_is_installed == [[(CUDA, CUDA_OPTIONS), CPU], [CPU], [CPU]], "later stages do not try again"
-        np.testing.assert_array_equal(session.run(batch(9)).exits, reference(batch(9), THRESHOLDS)[1])
-
-
-def test_meaning_the_cpu_is_silent(tiny: Tiny, cuda_is_installed: list[Any]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load(tiny.path, providers=[CPU], threads=1)
-    assert cuda_is_installed == [[CPU]] * 3
-
-
-def test_cuda_asked_for_by_name_is_refused(tiny: Tiny, cuda_is_installed: list[Any]) -> None:
-    for providers in ([CUDA], [CUDA, CPU]):
-        cuda_is_installed.clear()
-        with pytest.raises(ProviderError, match=r"could not start .*works with CPUExecutionProvider"):
-            load(tiny.path, providers=providers)
-        assert len(cuda_is_installed) == 1
-
-
-def test_without_a_driver_onnxruntime_is_not_even_asked_for_cuda(
-    tiny: Tiny, cuda_is_installed: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_module, "_missing_driver", lambda: "no NVIDIA driver: libcuda.so.1 is not there")
-    with pytest.warns(ProviderWarning, match=r"could not start \(no NVIDIA driver: libcuda"):
-        load(tiny.path, threads=1)
-    assert cuda_is_installed == [[CPU]] * 3
-    with pytest.raises(ProviderError, match="no NVIDIA driver"):
-        load(tiny.path, providers=[CUDA])
-
-
-def test_a_driver_is_looked_for_by_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[str] = []
-    monkeypatch.setattr(engine_module.ctypes, "CDLL", found.append)
-    assert engine_module._missing_driver() == ""
-    monkeypatch.setattr(engine_module.sys, "platform", "win32")
-    assert engine_module._missing_driver() == ""
-    assert found[-1] == "nvcuda.dll"
-
-    def absent(name: str) -> None:
-        raise OSError(name)
-
-    monkeypatch.setattr(engine_module.ctypes, "CDLL", absent)
-    assert engine_module._missing_driver() == "no NVIDIA driver: nvcuda.dll is not there"
-
-
-def test_a_provider_that_throws_is_done_without_and_a_wrong_model_is_not(
-    tiny: Tiny, cuda_is_installed: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    create = onnxruntime.InferenceSession
-
-    def throws(model: bytes, options: Any, providers: list[Any], **more: Any) -> Any:
-        if not isinstance(providers[0], str):
-            raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected")
-        return create(model, options, providers, **more)
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", throws)
-    with pytest.warns(ProviderWarning, match="could not start .CUDA failure 100: no CUDA-capable device"):
-        load(tiny.path, threads=1)
-    with pytest.raises(ProviderError, match="CUDA failure 100"):
-        load(tiny.path, providers=[CUDA])
-    with pytest.raises(ArtifactError, match="refused by onnxruntime"):
-        EngineSession(b"not a model", "wrong", [CUDA, CPU], 1, strict=False)
 
 
 def test_load_takes_the_device_executor_where_all_stages_started_on_one(
@@ -394,3 +374,22 @@ def test_measured_sizes_of_an_artifact_are_used(tiny: Tiny, tmp_path: Path, monk
     calls = Calls(monkeypatch)
     session.run(batch(9))
     assert {size for _, size in calls.runs} == {64}
+
+
+def cuda_works() -> bool:
+    return CUDA in onnxruntime.get_available_providers() and engine_module._missing_driver() == ""
+
+
+@pytest.mark.skipif(not cuda_works(), reason="takes a GPU and onnxruntime-gpu")
+def test_on_a_gpu_answers_are_those_of_the_cpu(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = load(compiled.path, providers=[CPU], threads=1, executor="segments")
+    on_gpu = load(compiled.path, providers=[CUDA, CPU])
+    calls = Calls(monkeypatch, forbid=False)
+    for size in (1, 5, 33, 257):
+        images = compiled.digits.images[:size]
+        every, expected = on_gpu.run_all(images), on_cpu.run_all(images)
+        np.testing.assert_allclose(every.probabilities, expected.probabilities, atol=1e-4)
+        limits = np.array(compiled.manifest.thresholds(), np.float32)[:, None]
+        sure = ~(np.abs(expected.confidence[:-1] - limits) < 1e-4).any(axis=0)
+        np.testing.assert_array_equal(on_gpu.run(images).exits[sure], on_cpu.run(images).exits[sure])
+    assert calls.runs, "else the values went through the host"
