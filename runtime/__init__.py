@@ -12,8 +12,9 @@
         everything = session.run_all(images)            # every exit's answer, [E, B, K]
 
 The flow, file by file: `artifact` opens and checks, `manifest` says what is in it, `engine` makes ONNX
-Runtime sessions, `inputs` checks a batch, `execution` runs stages and drops answered rows, `session` is what
-a person holds. `data` reads data sets, `table` shows what was saved, `cli` is the console script.
+Runtime sessions, `inputs` checks a batch, `execution` runs stages and drops answered rows, `on_device` does so
+where values stay on a GPU, `session` is what a person holds. `data` reads data sets, `table` shows what was saved,
+`cli` is the console script.
 Importing this package does not import onnxruntime; loading an artifact does.
 """
 
@@ -32,6 +33,7 @@ from .errors import (
     PassError,
     PlanError,
     ProviderError,
+    ProviderWarning,
     StorageError,
     UsageError,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "PassError",
     "PlanError",
     "ProviderError",
+    "ProviderWarning",
     "Rows",
     "Session",
     "StorageError",

@@ -18,23 +18,39 @@ of rows it ever saw. Stages run one after the other, so all sessions of the proc
 Measured on a six-layer BERT in 7 stages, batch 32, peak over the interpreter's: own arenas 531 MiB, shared 329, shared
 and without plans 290; times within 2 % of each other.
 
+CUDA: a provider that was not asked for by name and does not start is done without, with one warning. Convolution
+algorithms are chosen by cuDNN's heuristic: the default tries every one of them anew for every shape, and a batch that
+shrinks has many. TF32 is off: it keeps 10 bits of a factor, and thresholds and certificates are of float32 answers.
+Stages need no synchronisation of ours: a run returns when its device is done, so the next session may read what it
+made. CUDA graphs are left out: ONNX Runtime captures no model with an `If`, which every stage with a head has, and
+lets no two threads run one session that captures, which a `Session` promises. [onnxruntime.ai, CUDA provider]
+
 Refused: no onnxruntime, a provider that is not there or could not start, bytes that ONNX Runtime refuses.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, InputError, ProviderError, StorageError, UsageError
+import numpy as np
 
-DEFAULT_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+from .errors import ArtifactError, InputError, ProviderError, ProviderWarning, StorageError, UsageError
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+DEFAULT_PROVIDERS = (CUDA, CPU)
+CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+HOST = "cpu"  # the device that arrays lie on
+Value = Any  # an OrtValue: a tensor on the host or on a device
 
 
 def find_onnxruntime() -> Any:
@@ -84,11 +100,7 @@ class EngineSession:
         try:
             options = _options(ort, threads)
             with _external(options, given.external):
-                start = functools.partial(
-                    ort.InferenceSession, given.proto, options, providers=providers,
-                    enable_fallback=int(len(providers) > 1),  # with nothing to fall back on it only prints
-                )  # fmt: skip
-                self._session = _on_shared_pool(options, start)
+                self._session, reason = _started(ort, given.proto, options, providers)
         except (ArtifactError, UsageError):
             raise
         except OSError as error:
@@ -105,17 +117,22 @@ class EngineSession:
             ) from error
         # A provider lost in mid-run would otherwise be replaced by the CPU with a message on stdout.
         self._session.disable_fallback()
-        started = self._session.get_providers()
-        lost = [provider for provider in providers if provider not in started]
+        self.name = name
+        self.providers = list(self._session.get_providers())
+        lost = [provider for provider in providers if provider not in self.providers]
+        reason = reason or "a driver or library is missing"
         if strict and lost:
             raise ProviderError(
-                f"provider {lost[0]!r} is installed but could not start (a driver or library is missing); "
-                f"it works with {', '.join(started)}"
+                f"provider {lost[0]!r} is installed but could not start ({reason}); "
+                f"it works with {', '.join(self.providers)}"
             )
-        self.name = name
-        self.inputs = tuple(value.name for value in self._session.get_inputs())
+        self.lost = f"{lost[0]} could not start ({reason})" if lost else ""
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.inputs = tuple(value.name for value in inputs)
         self.overridable = tuple(value.name for value in self._session.get_overridable_initializers())
-        self.outputs = tuple(value.name for value in self._session.get_outputs())
+        self.outputs = tuple(value.name for value in outputs)
+        # Of inputs and outputs: a word such as "tensor(float)", and the rank, 0 where the model leaves it open.
+        self.kinds = {value.name: (str(value.type), len(value.shape)) for value in (*inputs, *outputs)}
 
     def run(self, outputs: list[str], feed: dict[str, Any]) -> list[Any]:
         """The values named in `outputs`; the list must not be empty, or ONNX Runtime returns them all."""
@@ -123,17 +140,98 @@ class EngineSession:
             # Plain `run`: with io_binding or OrtValues a call took 4 and 40 microseconds longer.
             values: list[Any] = self._session.run(outputs, feed)
         except Exception as error:  # ONNX Runtime's errors share no other root
-            raise InputError(
-                f"{self.name}: onnxruntime failed on this batch ({_reason(error)}); "
-                "check its values, such as token ids beyond the vocabulary, or take a smaller batch"
-            ) from error
+            raise self._failed(error) from error
         return values
+
+    def run_bound(self, outputs: Mapping[str, str], feed: Mapping[str, Value]) -> list[Value]:
+        """As `run`, on values that lie where they are; `outputs` says on which device each is wanted, such as "cuda".
+
+        What is wanted on the host is copied there before the call returns, in the same wait for the device.
+        """
+        try:
+            binding = self._session.io_binding()  # one per call: threads may share a session
+            for name, value in feed.items():
+                binding.bind_ortvalue_input(name, value)
+            for name, device in outputs.items():
+                binding.bind_output(name, device)
+            self._session.run_with_iobinding(binding)
+            values: list[Value] = binding.get_outputs()
+        except Exception as error:  # ONNX Runtime's errors share no other root
+            raise self._failed(error) from error
+        return values
+
+    def _failed(self, error: Exception) -> InputError:
+        return InputError(
+            f"{self.name}: onnxruntime failed on this batch ({_reason(error)}); "
+            "check its values, such as token ids beyond the vocabulary, or take a smaller batch"
+        )
+
+
+def start_sessions(
+    models: Iterable[tuple[str, bytes | ModelBytes]], providers: list[str], threads: int | None, strict: bool
+) -> list[EngineSession]:
+    """A session for each name and model, in turn; `strict` refuses to go on without every provider listed.
+
+    Else the first that loses one warns, with `ProviderWarning`, and those after it do not try again.
+    """
+    sessions, left = [], providers
+    for name, model in models:
+        session = EngineSession(model, name, left, threads, strict)
+        if session.lost and left is providers:
+            warnings.warn(
+                f"{session.lost}; running on {', '.join(session.providers)}. Install what it needs, "
+                f"or pass providers=[{CPU!r}] to mean the CPU and silence this",
+                ProviderWarning,
+                stacklevel=3,  # whoever called `load`
+            )
+            left = session.providers
+        sessions.append(session)
+    return sessions
+
+
+def device_of(sessions: Sequence[EngineSession]) -> str | None:
+    """The device all of them prefer and values may stay on; None: the host."""
+    return "cuda" if all(session.providers[0] == CUDA for session in sessions) else None
+
+
+def upload(array: np.ndarray, device: str) -> Value:
+    """A value of the array's contents on a device; on the host it is the array's own memory."""
+    return find_onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
+
+
+def download(value: Value) -> np.ndarray:
+    """A value's contents on the host; of one that lies there no copy is made."""
+    array: np.ndarray = value.numpy()
+    return array
 
 
 def check_threads(threads: int | None) -> None:
     """None is ONNX Runtime's own count, the physical cores; 1 runs in the calling thread alone."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError(f"threads is {threads!r}; give a whole number from 1 up, or None for the physical cores")
+
+
+def _started(ort: Any, proto: bytes, options: Any, providers: list[str]) -> tuple[Any, str]:
+    """A session on `providers`; where CUDA fails, one without it, and why."""
+    reason = _missing_driver() if CUDA in providers else ""
+    if CUDA in providers and not reason:
+        with_options = [(name, CUDA_OPTIONS) if name == CUDA else name for name in providers]
+        try:
+            return _on_pool(ort, proto, options, with_options), ""
+        except Exception as error:  # noqa: BLE001  # a wrong model fails again below, a lost device does not
+            reason = _reason(error)
+    others = [name for name in providers if name != CUDA] or [CPU]
+    return _on_pool(ort, proto, options, others), reason
+
+
+def _missing_driver() -> str:
+    """Why CUDA cannot start, "" where it may: ONNX Runtime itself would say so on stderr, once per session."""
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return f"no NVIDIA driver: {library} is not there"
+    return ""
 
 
 @functools.cache
@@ -165,11 +263,12 @@ def share_threads(threads: int | None = None) -> None:
     _shared.append(threads or 0)
 
 
-def _on_shared_pool(options: Any, start: Callable[[], Any]) -> Any:
-    """Start a session; where someone else has made a pool for the whole process, on that one."""
+def _on_pool(ort: Any, proto: bytes, options: Any, providers: list[Any]) -> Any:
+    """A session; where someone else has made a pool for the whole process, on that one."""
+    start = functools.partial(ort.InferenceSession, proto, options, providers=providers, enable_fallback=0)
     try:
         return start()
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's errors share no other root
         if "use_per_session_threads" not in str(error):
             raise
         options.use_per_session_threads = False

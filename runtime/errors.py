@@ -50,3 +50,7 @@ class PlanError(OfframpError):
 
 class PassError(OfframpError):
     """A pass broke its own contract, or the program it was given is malformed: a bug in a pass."""
+
+
+class ProviderWarning(UserWarning):
+    """A faster execution provider is installed but did not start; what was asked for runs on the CPU."""

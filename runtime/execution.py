@@ -1,12 +1,13 @@
 """Exits at work: rows of a batch to (rows, exit, probabilities, confidence), shallowest exit first.
 
-Two executors give the same answers. `Segments` runs one model per stage and compacts between them: rows that
+Three executors give the same answers. `Segments` runs one model per stage and compacts between them: rows that
 left are dropped from every value a later stage reads, so an answered row costs nothing more and can be handed
 over at once. Where the manifest says that dropping so few does not pay, they are carried along unread until it does.
-`SingleFile` runs `model.onnx`, which compacts inside; it answers all rows together.
+`SingleFile` runs `model.onnx`, which compacts inside; it answers all rows together. The third, `OnDevice`, has a file
+of its own: it does what `Segments` does with values that stay on a GPU.
 
 A row leaves at the first exit with confidence >= threshold, both float32; an exit whose threshold is infinite
-never answers. Thresholds are the batch's or, as an array, each row's own. Both executors are read-only after
+never answers. Thresholds are the batch's or, as an array, each row's own. All are read-only after
 construction, so threads may share them.
 
 Refused at construction: a stage whose model does not read and give what the manifest says, a value no earlier
@@ -16,15 +17,17 @@ stage gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from .engine import EngineSession
 from .errors import ArtifactError
 from .manifest import Manifest, StageSpec
+
+V = TypeVar("V")  # a value, wherever it lies
 
 Arrays = dict[str, np.ndarray]
 Thresholds = tuple[float, ...]  # [exits - 1] float32 values
@@ -75,7 +78,9 @@ class Executor(Protocol):
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
+    """One model, and what is asked of it."""
+
     session: EngineSession
     inputs: tuple[str, ...]  # values
     asks: bool  # whether its head may be left unasked
@@ -88,15 +93,7 @@ class Segments:
     """One model per stage, compaction between them."""
 
     def __init__(self, manifest: Manifest, sessions: Sequence[EngineSession]) -> None:
-        known = {spec.name for spec in manifest.inputs}
-        self._stages = []
-        for spec, session in zip(manifest.stages, sessions, strict=True):
-            known = _check_stage(spec, session, known)
-            kept = [name for name in spec.outputs if name in spec.carries]
-            passes_on = [name for name in spec.carries if name not in kept]
-            reads = tuple(name for name in session.inputs if name != ASK)
-            stage = _Stage(session, reads, ASK in session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on)
-            self._stages.append(stage)
+        self._stages = chain(manifest, sessions)
         # Never for all rows: a batch that is answered whole goes no further anyway.
         self._worth = manifest.measured.worth_dropping or (0.0,) * len(self._stages)
 
@@ -112,29 +109,29 @@ class Segments:
             feed = {name: live[name] for name in stage.inputs}
             limit: float | np.ndarray = -_NEVER
             if index < last:
-                limit = thresholds[index] if each is None else _limits(each, rows, index)
+                limit = thresholds[index] if each is None else limits_of(each, rows, index)
             if type(limit) is float and limit == _NEVER:
                 if stage.asks:
                     feed[ASK] = _NO
                 values = stage.session.run(stage.kept, feed) if stage.kept else []
-                live = _carry(stage, live, values)
+                live = carry(stage, live, values)
                 continue
             if stage.asks:
                 feed[ASK] = _YES
             values = stage.session.run(stage.fetched, feed)
             confidence, probabilities = values.pop(), values.pop()
             if index == last:
-                yield _whole(index, rows, waiting, probabilities, confidence)
+                yield whole(index, rows, waiting, probabilities, confidence)
                 return
             if len(confidence) == 1 and type(limit) is float:
                 count, left = int(confidence.item() >= limit), 1
             else:
-                leaves, left = _leaving(confidence, limit, waiting)
+                leaves, left = leaving_rows(confidence, limit, waiting)
                 count = int(np.count_nonzero(leaves))
             if count == left:
-                yield _whole(index, rows, waiting, probabilities, confidence)
+                yield whole(index, rows, waiting, probabilities, confidence)
                 return
-            live = _carry(stage, live, values)
+            live = carry(stage, live, values)
             if count:
                 gone = np.flatnonzero(leaves)
                 yield ExitRows(index, gone if rows is None else rows[gone], probabilities[gone], confidence[gone])
@@ -153,7 +150,7 @@ class Segments:
             values = stage.session.run(stage.fetched, feed)
             confidence, probabilities = values.pop(), values.pop()
             yield ExitRows(index, None, probabilities, confidence)
-            live = _carry(stage, live, values)
+            live = carry(stage, live, values)
 
 
 class SingleFile:
@@ -212,7 +209,22 @@ class SingleFile:
             yield from self.answer(arrays, alone)
 
 
-def _leaving(confidence: np.ndarray, limit: float | np.ndarray, waiting: np.ndarray | None) -> tuple[np.ndarray, int]:
+def chain(manifest: Manifest, sessions: Sequence[EngineSession]) -> list[Stage]:
+    """The stages in their order. Raises `ArtifactError` where a model and the manifest differ."""
+    known = {spec.name for spec in manifest.inputs}
+    stages = []
+    for spec, session in zip(manifest.stages, sessions, strict=True):
+        known = _check_stage(spec, session, known)
+        kept = [name for name in spec.outputs if name in spec.carries]
+        passes_on = [name for name in spec.carries if name not in kept]
+        reads = tuple(name for name in session.inputs if name != ASK)
+        stages.append(Stage(session, reads, ASK in session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on))
+    return stages
+
+
+def leaving_rows(
+    confidence: np.ndarray, limit: float | np.ndarray, waiting: np.ndarray | None
+) -> tuple[np.ndarray, int]:
     """Which live rows leave here, and how many of them have waited."""
     leaves: np.ndarray = confidence >= np.asarray(limit, np.float32)
     if waiting is None:
@@ -220,7 +232,7 @@ def _leaving(confidence: np.ndarray, limit: float | np.ndarray, waiting: np.ndar
     return leaves & waiting, int(np.count_nonzero(waiting))
 
 
-def _whole(
+def whole(
     index: int, rows: np.ndarray | None, waiting: np.ndarray | None, probabilities: np.ndarray, confidence: np.ndarray
 ) -> ExitRows:
     """All rows that still wait leave together."""
@@ -230,14 +242,14 @@ def _whole(
     return ExitRows(index, gone if rows is None else rows[gone], probabilities[gone], confidence[gone])
 
 
-def _limits(each: np.ndarray, rows: np.ndarray | None, index: int) -> float | np.ndarray:
+def limits_of(each: np.ndarray, rows: np.ndarray | None, index: int) -> float | np.ndarray:
     """The live rows' own thresholds; where they are all the same, that one."""
     limits = each[:, index] if rows is None else each[rows, index]
     first = limits[0]
     return float(first) if (limits == first).all() else limits
 
 
-def _carry(stage: _Stage, live: Arrays, values: Sequence[np.ndarray]) -> Arrays:
+def carry(stage: Stage, live: Mapping[str, V], values: Sequence[V]) -> dict[str, V]:
     """Values a later stage still reads; the rest are forgotten here, and with them their memory."""
     carried = dict(zip(stage.kept, values, strict=True))
     for name in stage.passes_on:

@@ -18,11 +18,12 @@ from typing import Literal
 import numpy as np
 
 from .artifact import Artifact, open_artifact
-from .engine import EngineSession, check_threads, choose_providers
+from .engine import EngineSession, check_threads, choose_providers, device_of, start_sessions
 from .errors import UsageError
 from .execution import Executor, ExitRows, Segments, SingleFile, Thresholds
 from .inputs import Batch, check_batch
 from .manifest import Manifest, Plan, TensorSpec
+from .on_device import OnDevice
 
 SINGLE_FILE = "model.onnx"
 
@@ -59,7 +60,8 @@ def load(
 ) -> Session:
     """Check the artifact at `path` and make it ready to answer.
 
-    `providers` are ONNX Runtime's, in order of preference; None takes CUDA where it is there, then the CPU.
+    `providers` are ONNX Runtime's, in order of preference; None takes CUDA where it is there, then the CPU, and warns
+    with `ProviderWarning` where CUDA is there but does not start. Those given by name must all start.
     `threads` is the number of threads a stage may use; None is ONNX Runtime's own, the physical cores, and
     right where they are free. Where others compute too, 1 is several times faster.
     `executor` picks a form where the artifact holds both; None prefers its stages.
@@ -82,12 +84,16 @@ def load(
     files = [stage.file for stage in manifest.stages] if staged else [SINGLE_FILE]
     if not files or not all(name in manifest.files for name in files):
         raise UsageError(f"{path}: holds no {executor} form; leave executor out or compile with that target")
-    sessions = [
-        EngineSession(artifact.model(name), f"{path}/{name}", chosen, threads, strict=providers is not None)
-        for name in files
-    ]
-    executed = Segments(manifest, sessions) if staged else SingleFile(manifest, sessions[0])
-    return Session(artifact, executed, tolerance)
+    models = ((f"{path}/{name}", artifact.model(name)) for name in files)
+    sessions = start_sessions(models, chosen, threads, strict=providers is not None)
+    return Session(artifact, _executor(manifest, sessions, staged), tolerance)
+
+
+def _executor(manifest: Manifest, sessions: list[EngineSession], staged: bool) -> Executor:
+    if not staged:
+        return SingleFile(manifest, sessions[0])
+    device = device_of(sessions)
+    return OnDevice(manifest, sessions, device) if device else Segments(manifest, sessions)
 
 
 class Session:

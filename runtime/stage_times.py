@@ -1,6 +1,7 @@
 """What every stage of an artifact takes on this machine, asked for its answer and not, at the sizes batches shrink to.
 
-The clock is the only thing here that differs from run to run; what is made of the times is in `tune`.
+On a GPU the times are those that `OnDevice` meets: values lie on the device before and after, confidences go to the
+host. The clock is the only thing here that differs from run to run; what is made of the times is in `tune`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .artifact import Artifact
-from .engine import EngineSession, ModelBytes, choose_providers
+from .engine import HOST, EngineSession, ModelBytes, choose_providers, device_of, start_sessions, upload
 from .errors import UsageError
 from .execution import ASK, CONFIDENCE, PROBABILITIES
+from .gather import ROWS, gather_model, kind_of
 from .manifest import StageSpec, TensorSpec
 
 ROUNDS = 15
@@ -87,14 +89,15 @@ def time_stages(
     """Time stages whose models `model` finds by their file names, each on so many of the inputs `rows` in turn."""
     batch = max(sizes)
     calls, gather = [], np.zeros(len(stages))
-    chosen = choose_providers(None)
+    models = ((spec.file, model(spec.file)) for spec in stages)
+    sessions = start_sessions(models, choose_providers(None), threads, strict=False)
+    device = device_of(sessions)
     live = {name: np.ascontiguousarray(values[:batch]) for name, values in rows.items()}
-    for spec in stages:
-        session = EngineSession(model(spec.file), spec.file, chosen, threads, strict=False)
-        calls.append(_Calls(session, {name: live[name] for name in spec.inputs}, spec.outputs))
+    for spec, session in zip(stages, sessions, strict=True):
+        calls.append(_Calls(session, {name: live[name] for name in spec.inputs}, spec.outputs, device))
         known = {**live, **calls[-1].passed()}
         live = {name: known[name] for name in spec.carries}
-        gather[len(calls) - 1] = _gathering(live, batch)
+        gather[len(calls) - 1] = _gathering(live, batch, device, session.providers)
     taken = np.empty((rounds, 2, len(calls), len(sizes)))
     for one in calls:
         one.warm(sizes)
@@ -106,25 +109,39 @@ def time_stages(
     return StageTimes(sizes, silent, np.maximum(silent, asked), gather)
 
 
-def _gathering(live: Mapping[str, np.ndarray], batch: int) -> float:
+def _gathering(live: Mapping[str, np.ndarray], batch: int, device: str | None, providers: list[str]) -> float:
     """Milliseconds per row of taking all rows of every value."""
     if not live:
         return 0.0
-    rows = np.arange(batch)
+    take = _taking(live, np.arange(batch), device, providers)
     taken = []
     for _ in range(2 * ROUNDS):
         start = time.perf_counter()
-        for value in live.values():
-            value.take(rows, axis=0)
+        take()
         taken.append(time.perf_counter() - start)
     return float(np.median(taken)) * 1e3 / batch
+
+
+def _taking(
+    live: Mapping[str, np.ndarray], rows: np.ndarray, device: str | None, providers: list[str]
+) -> Callable[[], object]:
+    """Compaction as the executor does it."""
+    if device is None:
+        return lambda: [value.take(rows, axis=0) for value in live.values()]
+    kinds = [kind_of(TensorSpec(name, value.dtype.name, value.shape)) for name, value in live.items()]
+    session = EngineSession(gather_model(kinds), "compaction", providers, 1, strict=False)
+    placed = {f"v{at}": upload(value, device) for at, value in enumerate(live.values())}
+    wanted = {f"g{at}": device for at in range(len(live))}
+    return lambda: session.run_bound(wanted, {ROWS: upload(rows, device), **placed})
 
 
 class _Calls:
     """One stage and a batch for it."""
 
-    def __init__(self, session: EngineSession, batch: Mapping[str, np.ndarray], outputs: Sequence[str]) -> None:
-        self.session, self.batch, self.outputs = session, batch, list(outputs)
+    def __init__(
+        self, session: EngineSession, batch: Mapping[str, np.ndarray], outputs: Sequence[str], device: str | None
+    ) -> None:
+        self.session, self.batch, self.outputs, self.device = session, batch, list(outputs), device
         self.gated = ASK in session.inputs
         self.often: dict[int, int] = {}  # calls per measurement, by rows
 
@@ -142,13 +159,19 @@ class _Calls:
     def milliseconds(self, rows: int, ask: bool) -> float:
         """Of one call; a silent exit that is no branch of its own is merely not fetched."""
         answer = [name for name in (PROBABILITIES, CONFIDENCE) if name in self.session.outputs]
-        feed, fetched = self._feed(rows, ask), [*self.outputs, *answer]
-        if not ask and self.outputs:
-            fetched = self.outputs
+        call = self._call(self._feed(rows, ask), [*self.outputs, *(answer if ask or not self.outputs else [])])
         start = time.perf_counter()
         for _ in range(self.often[rows]):
-            self.session.run(fetched, feed)
+            call()
         return (time.perf_counter() - start) * 1e3 / self.often[rows]
+
+    def _call(self, feed: dict[str, np.ndarray], fetched: list[str]) -> Callable[[], object]:
+        if self.device is None:
+            return lambda: self.session.run(fetched, feed)
+        device = self.device
+        placed = {name: upload(value, HOST if name == ASK else device) for name, value in feed.items()}
+        wanted = {name: HOST if name == CONFIDENCE else device for name in fetched or self.session.outputs}
+        return lambda: self.session.run_bound(wanted, placed)
 
     def _feed(self, rows: int | None, ask: bool) -> dict[str, np.ndarray]:
         feed = {name: value[:rows] for name, value in self.batch.items()}

@@ -1,0 +1,151 @@
+"""`Segments` for a GPU: values stay on the device from the input to the answer.
+
+The host sees, at each exit that is asked, the confidence [rows], which it needs to say who leaves and which is
+copied in the wait for the stage's own run; and, only where rows leave, those rows' probabilities: the answer. All
+probabilities of the exit are read at once then, as one copy of rows times classes takes less than picking rows on
+the device first. Compaction is one `Gather` on the device over all live values.
+
+Batches are padded to a few sizes (see `buckets`), by repeating the first row; of what comes out for padding nothing
+is read. Dropping rows pays where the next smaller size is reached, and where the manifest says that dropping as many
+rows as that does: its `worth_dropping` is a share of the rows that a stage would run on, padding included.
+
+The device is "cuda"; "cpu" runs the same steps on the host and is what the tests use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from .buckets import buckets_for, measured_sizes
+from .engine import HOST, EngineSession, Value, download, upload
+from .execution import (
+    ASK,
+    CONFIDENCE,
+    PROBABILITIES,
+    Arrays,
+    ExitRows,
+    Stage,
+    Thresholds,
+    carry,
+    chain,
+    leaving_rows,
+    limits_of,
+    whole,
+)
+from .gather import ROWS, gather_model, kind_of
+from .manifest import Manifest
+
+_NEVER = float("inf")
+
+
+class OnDevice:
+    """One model per stage on a device, compaction there too."""
+
+    def __init__(self, manifest: Manifest, sessions: Sequence[EngineSession], device: str) -> None:
+        self._device = device
+        self._stages = chain(manifest, sessions)
+        self._compaction = _compaction(manifest, self._stages)
+        self._worth = manifest.measured.worth_dropping or (0.0,) * len(self._stages)
+        self._measured = measured_sizes(manifest)
+        self._yes, self._no = upload(np.array(True), HOST), upload(np.array(False), HOST)
+
+    def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
+        count = _rows(arrays)  # live rows, first in every live value; padding follows
+        buckets = buckets_for(count, self._measured)
+        size = buckets.fit(count)
+        live = self._upload(arrays, size)
+        rows: np.ndarray | None = None  # of the batch, by live row; None: all, in order
+        waiting: np.ndarray | None = None  # live rows not answered yet; None: all
+        last = len(self._stages) - 1
+        each = thresholds if isinstance(thresholds, np.ndarray) else None  # [rows, exits - 1]
+        for index, stage in enumerate(self._stages):
+            limit: float | np.ndarray = -_NEVER
+            if index < last:
+                limit = thresholds[index] if each is None else limits_of(each, rows, index)
+            if isinstance(limit, float) and limit == _NEVER:
+                live = self._pass(stage, live)
+                continue
+            live, answers, padded = self._ask(stage, live)
+            confidence = padded[:count]
+            leaves, left = leaving_rows(confidence, limit, waiting)
+            gone = np.flatnonzero(leaves)
+            if index == last or len(gone) == left:
+                yield whole(index, rows, waiting, download(answers)[:count], confidence)
+                return
+            if not len(gone):
+                continue
+            probabilities = download(answers)[gone]
+            yield ExitRows(index, gone if rows is None else rows[gone], probabilities, confidence[gone])
+            waiting = ~leaves if waiting is None else waiting & ~leaves
+            smaller = buckets.fit(left - len(gone))
+            if smaller < size and 1 - smaller / size >= self._worth[index]:
+                stays = np.flatnonzero(waiting)
+                live = self._take(index, live, _padded(stays, smaller))
+                rows, waiting = stays if rows is None else rows[stays], None
+                count, size = len(stays), smaller
+
+    def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
+        count = _rows(arrays)
+        live = self._upload(arrays, buckets_for(count, self._measured).fit(count))
+        for index, stage in enumerate(self._stages):
+            live, answers, confidence = self._ask(stage, live)
+            yield ExitRows(index, None, download(answers)[:count], confidence[:count])
+
+    def _upload(self, arrays: Arrays, size: int) -> dict[str, Value]:
+        """What any stage reads of the inputs, padded."""
+        first = self._stages[0]
+        read = {*first.inputs, *first.passes_on}
+        return {name: upload(_padded(array, size), self._device) for name, array in arrays.items() if name in read}
+
+    def _pass(self, stage: Stage, live: dict[str, Value]) -> dict[str, Value]:
+        """Run a stage for what it passes on -> live values after it."""
+        if not stage.kept:
+            return carry(stage, live, [])
+        return carry(stage, live, stage.session.run_bound(self._places(stage), self._feed(stage, live, self._no)))
+
+    def _ask(self, stage: Stage, live: dict[str, Value]) -> tuple[dict[str, Value], Value, np.ndarray]:
+        """Run a stage and its head -> live values after it, probabilities on the device, confidence [size]."""
+        wanted = {**self._places(stage), PROBABILITIES: self._device, CONFIDENCE: HOST}
+        *values, answers, confidence = stage.session.run_bound(wanted, self._feed(stage, live, self._yes))
+        return carry(stage, live, values), answers, download(confidence)
+
+    def _places(self, stage: Stage) -> dict[str, str]:
+        return dict.fromkeys(stage.kept, self._device)
+
+    def _feed(self, stage: Stage, live: dict[str, Value], ask: Value) -> dict[str, Value]:
+        feed = {name: live[name] for name in stage.inputs}
+        return {**feed, ASK: ask} if stage.asks else feed  # on the host, where an `If` reads it
+
+    def _take(self, index: int, live: dict[str, Value], rows: np.ndarray) -> dict[str, Value]:
+        """Rows of every live value, on the device."""
+        feed = {f"v{at}": value for at, value in enumerate(live.values())}
+        outputs = {f"g{at}": self._device for at in range(len(live))}
+        taken = self._compaction[index].run_bound(outputs, {ROWS: upload(rows, self._device), **feed})
+        return dict(zip(live, taken, strict=True))
+
+
+def _compaction(manifest: Manifest, stages: Sequence[Stage]) -> list[EngineSession]:
+    """Behind each stage but the last, what takes rows of its live values, in the order of `carry`.
+
+    Stages that pass on values of the same kinds share a session: on CUDA each holds libraries' handles and memory.
+    """
+    known = {spec.name: kind_of(spec) for spec in manifest.inputs}  # a model need not read all its stage is said to
+    known |= {name: kind for stage in stages for name, kind in stage.session.kinds.items()}
+    passed = [tuple(known[name] for name in (*stage.kept, *stage.passes_on)) for stage in stages[:-1]]
+    made = {
+        kinds: EngineSession(gather_model(kinds), "compaction", stages[0].session.providers, 1, strict=True)
+        for kinds in dict.fromkeys(passed)
+    }
+    return [made[kinds] for kinds in passed]
+
+
+def _rows(arrays: Arrays) -> int:
+    return len(next(iter(arrays.values())))
+
+
+def _padded(array: np.ndarray, size: int) -> np.ndarray:
+    """[n, ...] -> [size, ...], the first row repeated behind the others."""
+    short = size - len(array)
+    return np.concatenate([array, np.repeat(array[:1], short, axis=0)]) if short else array
