@@ -14,13 +14,14 @@ from .stream import LAYOUT, lay_out
 from .training import Training
 
 _WARM = 20  # the first 1/20 of the steps warms up
+HALVED = {"cuda": torch.bfloat16}  # by kind of device: what autocast takes; float16 would need its losses scaled
 
 
 class Learner:
     """Trains one head on a stream of `(target [B, K], value [B, ...])` for `steps` steps.
 
-    AdamW under a cosine schedule behind a warm-up; float32, but on CUDA under autocast. Of all weights it was told to
-    `judge`, it keeps those with the least loss.
+    AdamW under a cosine schedule behind a warm-up; float32, but on CUDA under autocast to bfloat16. Of all weights it
+    was told to `judge`, it keeps those with the least loss.
     """
 
     def __init__(self, module: nn.Module, steps: int, learning_rate: float, training: Training) -> None:
@@ -43,7 +44,7 @@ class Learner:
     def learn(self, target: torch.Tensor, value: torch.Tensor) -> None:
         """One step on one batch."""
         self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(self.kind, enabled=self.kind == "cuda"):
+        with torch.autocast(self.kind, HALVED.get(self.kind), enabled=self.kind in HALVED):
             logits = self.module(value)
         logits, scale = logits.float(), self.soften**2  # the square keeps gradients as large as they were
         if self.soften != 1:

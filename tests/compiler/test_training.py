@@ -208,6 +208,31 @@ def test_heads_learn_from_softened_targets_too(
     assert all(after.loss < 0.5 * first.loss for first, after in zip(short, long, strict=True))
 
 
+def test_heads_learn_under_autocast_as_well(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = replace(TRAINING, epochs=20)
+    plain = trained(backbone, candidates, data, longer)
+    monkeypatch.setattr("offramp.compiler.learner.HALVED", {"cpu": torch.bfloat16})
+    halved = trained(backbone, candidates, data, longer)
+    assert not same(plain, halved)
+    for one, other in zip(plain, halved, strict=True):
+        assert other.loss < 1.3 * one.loss
+        assert {value.dtype for value in other.module.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="trains on a GPU")
+def test_heads_learn_on_a_gpu_and_serve_on_the_cpu(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows
+) -> None:
+    longer = replace(TRAINING, epochs=20)
+    plain = trained(backbone, candidates, data, longer)
+    there = trained(backbone, candidates, data, replace(longer, device="cuda"))
+    for one, other in zip(plain, there, strict=True):
+        assert other.loss < 1.3 * one.loss
+        assert {str(value.device) for value in other.module.state_dict().values()} == {"cpu"}
+
+
 def test_same_seed_same_weights(
     backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, training: Training, whole: tuple[Head, ...]
 ) -> None:
