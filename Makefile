@@ -34,8 +34,9 @@ types: $(STAMP)
 layers: $(STAMP)
 	$(BIN)/lint-imports
 
+# Two processes of one thread each: torch's threads would spin against each other's.
 unit: $(STAMP)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # Real weights and long sweeps: reads ../shared/data where it is there, and says what it skips where not.
 test-slow: $(STAMP)
