@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from .artifact import Artifact, file_spec, open_artifact, write_artifact
 from .data import ArrayRows, Rows, batches, fit_rows, open_data
-from .engine import share_threads
 from .errors import (
     ArtifactError,
     BatchDependentError,
@@ -38,6 +37,7 @@ from .errors import (
     UsageError,
 )
 from .manifest import Manifest, TensorSpec, dump_manifest, parse_manifest
+from .process import limit_memory, share_threads
 from .session import AllAnswers, Answers, Session, load
 from .table import render
 
@@ -66,6 +66,7 @@ __all__ = [
     "dump_manifest",
     "file_spec",
     "fit_rows",
+    "limit_memory",
     "load",
     "open_artifact",
     "open_data",

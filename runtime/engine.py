@@ -2,22 +2,6 @@
 
 Imported on first use, so that `import offramp.runtime` costs nothing and works where it is missing.
 
-Threads: by default every session owns a pool whose workers spin after each `run`, waiting for more. With one session
-per stage the idle pools steal the cores from the busy one. Measured on 2 cores, ResNet-20 in 4 stages, no exit asked,
-time over the whole model in one session that has the same, batch 1 / 4 / 32: own pools 1.46 / 1.5 / 3.1;
-`force_spinning_stop`, where workers spin while their own session runs and must be woken by the next, 1.24 to 1.39 /
-1.12 to 1.16 / 1.06; ONNX Runtime's process-wide pool 1.16 to 1.19 / 1.06 to 1.09 / 1.02 to 1.04, the model itself as
-fast or faster. That pool is the best there is, but once it exists ONNX Runtime refuses every session of the process
-that wants one of its own, so it is not a library's to impose: `share_threads` is for the application to call. Without
-it workers stop spinning when their session returns.
-Spinning wants free cores: with another process busy on one of the two, batch 1 took 8.4 ms, 2.3 without
-spinning, 1.1 with one thread. On a machine that is shared take `threads=1`.
-
-Memory: every session would keep an arena of its own, as large as its largest batch, and a plan of it for every number
-of rows it ever saw. Stages run one after the other, so all sessions of the process share one arena, and make no plans.
-Measured on a six-layer BERT in 7 stages, batch 32, peak over the interpreter's: own arenas 531 MiB, shared 329, shared
-and without plans 290; times within 2 % of each other.
-
 CUDA: a provider that was not asked for by name and does not start is done without, with one warning. Convolution
 algorithms are chosen by cuDNN's heuristic: the default tries every one of them anew for every shape, and a batch that
 shrinks has many. TF32 is off: it keeps 10 bits of a factor, and thresholds and certificates are of float32 answers.
@@ -32,8 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-import importlib
 import sys
 import tempfile
 import warnings
@@ -45,22 +27,13 @@ from typing import Any
 import numpy as np
 
 from .errors import ArtifactError, InputError, ProviderError, ProviderWarning, StorageError, UsageError
+from .process import find_onnxruntime, reason_of, session_options, started
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 DEFAULT_PROVIDERS = (CUDA, CPU)
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
 HOST = "cpu"  # the device that arrays lie on
 Value = Any  # an OrtValue: a tensor on the host or on a device
-
-
-def find_onnxruntime() -> Any:
-    """The module `onnxruntime`, or a `ProviderError` that says what to install."""
-    try:
-        return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise ProviderError(
-            f"onnxruntime cannot be imported ({error}); run pip install 'offramp[cpu]', or 'offramp[gpu]' for CUDA"
-        ) from error
 
 
 def choose_providers(asked: Sequence[str] | None) -> list[str]:
@@ -98,7 +71,7 @@ class EngineSession:
         ort = find_onnxruntime()
         given = ModelBytes(model) if isinstance(model, bytes) else model
         try:
-            options = _options(ort, threads)
+            options = session_options(ort, threads)
             with _external(options, given.external):
                 self._session, reason = _started(ort, given.proto, options, providers)
         except (ArtifactError, UsageError):
@@ -112,7 +85,7 @@ class EngineSession:
             if "bad_alloc" in str(error):
                 raise StorageError(f"{name}: does not fit into memory; give this process more of it") from error
             raise ArtifactError(
-                f"{name}: refused by onnxruntime {ort.__version__} ({_reason(error)}); "
+                f"{name}: refused by onnxruntime {ort.__version__} ({reason_of(error)}); "
                 "upgrade onnxruntime or compile the model again"
             ) from error
         # A provider lost in mid-run would otherwise be replaced by the CPU with a message on stdout.
@@ -162,7 +135,7 @@ class EngineSession:
 
     def _failed(self, error: Exception) -> InputError:
         return InputError(
-            f"{self.name}: onnxruntime failed on this batch ({_reason(error)}); "
+            f"{self.name}: onnxruntime failed on this batch ({reason_of(error)}); "
             "check its values, such as token ids beyond the vocabulary, or take a smaller batch"
         )
 
@@ -205,23 +178,17 @@ def download(value: Value) -> np.ndarray:
     return array
 
 
-def check_threads(threads: int | None) -> None:
-    """None is ONNX Runtime's own count, the physical cores; 1 runs in the calling thread alone."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise UsageError(f"threads is {threads!r}; give a whole number from 1 up, or None for the physical cores")
-
-
 def _started(ort: Any, proto: bytes, options: Any, providers: list[str]) -> tuple[Any, str]:
     """A session on `providers`; where CUDA fails, one without it, and why."""
     reason = _missing_driver() if CUDA in providers else ""
     if CUDA in providers and not reason:
         with_options = [(name, CUDA_OPTIONS) if name == CUDA else name for name in providers]
         try:
-            return _on_pool(ort, proto, options, with_options), ""
+            return started(ort, proto, options, with_options), ""
         except Exception as error:  # noqa: BLE001  # a wrong model fails again below, a lost device does not
-            reason = _reason(error)
+            reason = reason_of(error)
     others = [name for name in providers if name != CUDA] or [CPU]
-    return _on_pool(ort, proto, options, others), reason
+    return started(ort, proto, options, others), reason
 
 
 def _missing_driver() -> str:
@@ -232,64 +199,6 @@ def _missing_driver() -> str:
     except OSError:
         return f"no NVIDIA driver: {library} is not there"
     return ""
-
-
-@functools.cache
-def _share_arena(ort: Any) -> None:
-    """Register the arena with ONNX Runtime's environment, where only sessions that ask for it take it."""
-    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, -1, -1, -1))  # no bound, growth as by default
-
-
-_shared: list[int] = []  # threads of the process's pool, once `share_threads` has made it
-
-
-def share_threads(threads: int | None = None) -> None:
-    """Let every ONNX Runtime session of this process, not only ours, run on one pool of `threads` threads.
-
-    The fastest way to run stages with more than one thread, most of all small batches of small models; `threads` None
-    takes the physical cores. To be called once, by the application, before sessions are made: from then on ONNX Runtime
-    refuses any session, of whatever library, that does not set `use_per_session_threads = False`. Ours do; to `load`
-    leave `threads` out.
-
-    Raises `UsageError` for a wrong number, or when the process has such a pool already.
-    """
-    check_threads(threads)
-    ort = find_onnxruntime()
-    try:
-        ort.set_global_thread_pool_sizes(threads or 0, 1)
-    except Exception as error:  # ONNX Runtime's errors share no other root
-        raise UsageError(f"threads cannot be shared anew ({_reason(error)}); call share_threads once") from error
-    _shared.append(threads or 0)
-
-
-def _on_pool(ort: Any, proto: bytes, options: Any, providers: list[Any]) -> Any:
-    """A session; where someone else has made a pool for the whole process, on that one."""
-    start = functools.partial(ort.InferenceSession, proto, options, providers=providers, enable_fallback=0)
-    try:
-        return start()
-    except Exception as error:  # ONNX Runtime's errors share no other root
-        if "use_per_session_threads" not in str(error):
-            raise
-        options.use_per_session_threads = False
-        return start()
-
-
-def _options(ort: Any, threads: int | None) -> Any:
-    _share_arena(ort)
-    options = ort.SessionOptions()
-    if _shared:
-        if threads is not None and threads != _shared[0]:
-            raise UsageError(f"threads is {threads}, but this process shares its threads; leave it out")
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3  # errors; warnings about the graph are the compiler's business
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    options.enable_mem_pattern = False
-    return options
 
 
 @contextlib.contextmanager
@@ -308,7 +217,3 @@ def _external(options: Any, files: Mapping[str, Chunks]) -> Iterator[None]:
                 file.writelines(chunks())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         yield
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

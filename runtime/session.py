@@ -18,12 +18,13 @@ from typing import Literal
 import numpy as np
 
 from .artifact import Artifact, open_artifact
-from .engine import EngineSession, check_threads, choose_providers, device_of, start_sessions
+from .engine import EngineSession, choose_providers, device_of, start_sessions
 from .errors import UsageError
 from .execution import Executor, ExitRows, Segments, SingleFile, Thresholds
 from .inputs import Batch, check_batch
 from .manifest import Manifest, Plan, TensorSpec
 from .on_device import OnDevice
+from .process import check_threads
 
 SINGLE_FILE = "model.onnx"
 

@@ -158,6 +158,40 @@ def test_a_shared_pool_has_one_size_for_good(tiny: Tiny) -> None:
     assert "threads is 0" in none
 
 
+# Prints what is said of wrong bounds, of a batch beyond the bound, of a second bound; and answers to a batch within.
+BOUNDED = """
+import sys
+import numpy as np
+from offramp.runtime import OfframpError, limit_memory, load
+
+def rows(count):
+    return {"x": np.ones((count, 6), np.float32), "side": np.ones((count, 3), np.float32)}
+
+def said(call):
+    try:
+        return call()
+    except OfframpError as error:
+        return f"{type(error).__name__}: {error}"
+
+print(said(lambda: limit_memory(0)))
+limit_memory(4 << 20)
+session = load(sys.argv[1], threads=1)
+print(said(lambda: session.run(rows(1 << 20))))
+print(len(session.run(rows(64)).classes))
+print(said(lambda: limit_memory(1 << 30)))
+"""
+
+
+def test_memory_has_the_bound_that_the_application_sets(tiny: Tiny) -> None:
+    done = subprocess.run([sys.executable, "-c", BOUNDED, str(tiny.path)], capture_output=True, text=True, check=True)
+    none, beyond, within, again = done.stdout.splitlines()
+    assert none.startswith("UsageError: a memory bound of 0 bytes")
+    assert beyond.startswith("InputError: ")
+    assert "take a smaller batch" in beyond
+    assert within == "64"
+    assert again.startswith("UsageError: memory is taken already")
+
+
 def test_the_installation_is_under_a_megabyte() -> None:
     room = Path(offramp.runtime.__file__).parent
     files = [
