@@ -50,6 +50,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.recorded
 	$(BIN)/python -m benchmarks.thresholds
 	$(BIN)/python -m benchmarks.tuned
+	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.variants
 	$(BIN)/python -m benchmarks.whole_compile
