@@ -99,7 +99,7 @@ def _without_exits(held_out: Records, tolerance: float, delta: float) -> tuple[f
         raise ToleranceError(
             f"lower precision alone changes {observed / rows:.2%} of the answers ({kind} on {rows} certification "
             f"rows), which cannot certify a tolerance of {tolerance:.4g} at delta {delta:.4g}; raise the tolerance, "
-            "give more data, or compile with precision fp16 or fp32"
+            "give more data, or compile with a finer precision"
         )
     return observed, upper_bound(observed, rows, delta, kind)
 

@@ -97,7 +97,7 @@ def left_over(records: Records, tolerance: float) -> float:
     if spent > tolerance:
         raise ToleranceError(
             f"lower precision alone changes {spent:.2%} of the answers ({records.kind} on {records.rows} rows), more "
-            f"than the tolerance of {tolerance:.4g}; raise the tolerance, or compile with precision fp16 or fp32"
+            f"than the tolerance of {tolerance:.4g}; raise the tolerance, or compile with a finer precision"
         )
     return tolerance - spent
 

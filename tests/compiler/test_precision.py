@@ -21,12 +21,15 @@ from offramp.compiler.precision import converted
 from offramp.passes import find_candidates
 from offramp.runtime import load, open_artifact
 from offramp.runtime.data import ArrayRows
+from offramp.runtime.engine import ModelBytes
 from offramp.runtime.errors import ModelError, ToleranceError, UsageError
+from offramp.runtime.manifest import StageSpec
 from offramp.runtime.table import render
 from offramp.runtime.tune import evaluated, read_records, tune
 
 ROWS = np.random.default_rng(0).standard_normal((400, 6)).astype(np.float32)
 LEARNS = Training(epochs=5, batch=32)
+NAMED = {"x": [2], "probabilities": [2], "confidence": []}
 CERTIFYING = replace(QUICK, precision="int8", policy="certified", tolerance=0.1, delta=0.2, dial=(0.005, 0.05, 0.3))
 
 
@@ -201,10 +204,19 @@ def test_a_tolerance_that_the_precision_alone_breaks_is_refused_and_leaves_nothi
     assert [p.name for p in tmp_path.iterdir()] == ["work"]
 
 
-def test_scores_beyond_float16_are_refused(tmp_path: Path) -> None:
-    options = Options(policy="joint", tolerance=0.3, precision="fp16", training=LEARNS, batches=())
-    with pytest.raises(ModelError, match="with what is not a number"):
-        compile(chain(1e7), ROWS, tmp_path / "a", options=options)
+def test_answers_that_are_not_numbers_are_refused() -> None:
+    value = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["b", *k]) for n, k in NAMED.items()]
+    nodes = [
+        onnx.helper.make_node("Log", ["x"], ["probabilities"]),
+        onnx.helper.make_node("ReduceMax", ["probabilities"], ["confidence"], keepdims=0, axes=[1]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "stage", value[:1], value[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    stages = Stages([StageSpec("stages/0.onnx", ("x",), (), ())], [ModelBytes(model.SerializeToString())])
+    rows = ArrayRows({"x": np.array([[1, 2], [-1, 2], [0, 1]], np.float32)})
+    assert stages.answer(rows, np.array([0]), "one").classes.tolist() == [[1]]
+    with pytest.raises(ModelError, match=r"stages/0\.onnx answers 2 of 3 rows with what is not a number"):
+        stages.answer(rows, np.arange(3), "all")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
