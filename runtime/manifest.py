@@ -364,7 +364,7 @@ def _check(manifest: Manifest, where: str) -> None:
         if name in manifest.files and name in manifest.measured.files:
             raise ArtifactError(f"{where}: file {name!r} is listed twice; compile the model again")
     if manifest.precision not in _PRECISIONS:
-        raise ArtifactError(f"{where}: precision {manifest.precision!r} is not one of {', '.join(_PRECISIONS)}")
+        raise ArtifactError(f"{where}: precision {manifest.precision!r} is unknown; compile the model again")
     _check_inputs(manifest, where)
     exits = len(manifest.exits)
     if not manifest.stages and not {"model.onnx", "model.ts"} & manifest.files.keys():
