@@ -44,10 +44,9 @@ def measured(
 ) -> list[dict[str, Any]]:
     """One task's artifact at every precision."""
     task = TASKS[name](seed)
-    options = Options(
+    options = Options(  # under the tolerance that the search was made for, or it would be made again
         training=replace(Training(), **task.training), search=replace(Search(engine="tpe"), **task.search), seed=seed,
         threads=threads, max_candidates=task.max_candidates, batches=(), targets=("onnx-segments",),
-        tolerance=tolerance, policy=task.policy,
     )  # fmt: skip
     ready = made_ready(task, options)
     assert ready.plain is not None
@@ -59,7 +58,8 @@ def measured(
             told: dict[str, Any] = {"task": name, "precision": precision, "tolerance": tolerance, "threads": threads}
             rows.append(told)
             try:
-                manifest = finish(ready, heads, Path(folder) / precision, replace(options, precision=precision), log)
+                asked = replace(options, precision=precision, tolerance=tolerance, policy=task.policy)
+                manifest = finish(ready, heads, Path(folder) / precision, asked, log)
             except ToleranceError as error:
                 told["refused"] = str(error)
                 continue
