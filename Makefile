@@ -51,6 +51,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.recorded
 	$(BIN)/python -m benchmarks.thresholds
 	$(BIN)/python -m benchmarks.tuned
+	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.footprint
 	$(BIN)/python -m benchmarks.variants

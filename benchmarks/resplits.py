@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from offramp.compiler import Costs, Options, Recording
-from offramp.compiler.compile import choose_exits, records
+from offramp.compiler.choose import choose_exits, records
 from offramp.compiler.measure import usable_cores
 from offramp.runtime.selection import disagreement, exits_taken, expected_cost
 

@@ -29,7 +29,8 @@ from offramp.runtime.selection import (
 
 from .augment import AUGMENTATIONS, Augment
 from .capture import capture
-from .compile import Ready, as_rows, choose_candidates, compile, exit_plan, finish, prepare, records, train
+from .choose import exit_plan, records
+from .compile import as_rows, choose_candidates, compile, finish, prepare, train
 from .costs import COSTS, costs
 from .distill import Head, default_heads, distil
 from .emit import ALL_TARGETS, TARGETS, emit
@@ -38,7 +39,8 @@ from .evaluate import Outcome, evaluate, run_program
 from .heads import FAMILIES, Family, HeadConfig, build_head, default_head, register_family, search_space
 from .independence import keep_independent
 from .loading import load_model, load_weights
-from .package import ALL_POLICIES, Job, Options, input_specs, pack
+from .package import ALL_POLICIES, Job, Options, Ready, input_specs, pack
+from .precision import PRECISIONS
 from .record import Recording, calibrate, record
 from .search import ENGINES, Found, Search, search_heads
 from .signature import Signature
@@ -53,6 +55,7 @@ __all__ = [
     "ENGINES",
     "FAMILIES",
     "POLICIES",
+    "PRECISIONS",
     "TARGETS",
     "Augment",
     "Certified",

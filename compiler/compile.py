@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,47 +16,37 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from offramp.passes import (
-    METRICS,
     Backbone,
     Candidate,
     Candidates,
-    ExitPlan,
-    Observer,
-    PlannedExit,
     Refusal,
     Trace,
     build_program,
     find_candidates,
     observed,
-    verified,
 )
 from offramp.runtime.artifact import check_output, write_artifact
 from offramp.runtime.data import ArrayRows, Rows, fit_rows
-from offramp.runtime.engine import ModelBytes
 from offramp.runtime.errors import InputError, NoCandidateError, UsageError
-from offramp.runtime.manifest import Certificate, Manifest
+from offramp.runtime.manifest import Manifest
 from offramp.runtime.selection import (
     CERTIFIED,
-    DISAGREEMENT,
-    Costs,
-    Records,
-    Selection,
-    certified,
     check_rows,
     dial,
-    evidence,
-    select,
 )
 
 from .augment import apply, find_augmentation
 from .capture import bind, capture
+from .choose import choose_exits, exit_plan, observers, records
 from .costs import TIME, costs, measured_costs
 from .distill import Head, default_heads, distil
 from .emit import plain_model
 from .independence import keep_independent
+from .lower import lowered
 from .memory import give_back, groups
-from .package import Job, Options, input_specs, pack
-from .progress import bar
+from .package import Job, Options, Ready, input_specs, pack
+from .precision import FP32
+from .progress import Say
 from .record import Recording, calibrate, record
 from .search import NONE, Found, search_heads
 from .splits import RowSplits, check_splits, split_rows
@@ -66,8 +55,6 @@ from .stream import tensors
 
 _EXAMPLE_ROWS = 8
 _MARGIN = 0.05  # by which a head's loss must be under that of a constant answer
-
-Say = Callable[[str], None]
 
 
 def compile(
@@ -92,7 +79,7 @@ def compile(
     classes and inputs, which the report sets beside the artifact; it changes nothing else. Heads in training are kept
     in `<out>.work` until the artifact stands, so that an interrupted call goes on where it was; with `work` they are
     kept there and stay, so that the next call under another tolerance or policy need not train them again. `say`
-    receives one line per step.
+    receives one line per step. Whatever the precision, agreement is with the model as it came: see `lower`.
 
     Raises `ModelError`, `NoCandidateError`, `InputError`, `UsageError` or `StorageError`; then `out` is as it was.
     """
@@ -108,19 +95,6 @@ def compile(
     if work is None:
         shutil.rmtree(kept, ignore_errors=True)
     return manifest
-
-
-@dataclass(frozen=True, eq=False)
-class Ready:
-    """A model and its rows, with the places where exits may go: all that training needs."""
-
-    backbone: Backbone
-    candidates: tuple[Candidate, ...]
-    rows: Rows
-    splits: RowSplits
-    plain: ModelBytes | None  # the backbone alone as ONNX
-    trace: Trace  # the graph after every pass
-    static: Backbone | None = None  # a smaller model to compare with
 
 
 def prepare(
@@ -142,7 +116,7 @@ def prepare(
     say("capturing the model's graph")
     example = tensors(rows, np.arange(min(_EXAMPLE_ROWS, len(rows))))
     trace, said = Trace(), options.signature
-    with observed(*_observers(trace, options)):
+    with observed(*observers(trace, options)):
         backbone = capture(
             model, example, name=name, dynamic=said.dynamic, output=said.output, scores=said.scores, say=say
         )
@@ -150,7 +124,9 @@ def prepare(
     beside = None if static is None else capture_static(static, example, static_name, backbone)
     found = find_candidates(backbone, limits=options.limits)
     found = keep_independent(backbone, found, bind(backbone.inputs, example, backbone.name))
-    plain = plain_model(backbone, options.targets)  # an operator no target can express is better found before training
+    plain = plain_model(backbone, options.forms)  # an operator no target can express is better found before training
+    if options.precision != FP32 and options.targets is None:
+        say(f"{options.precision} stages are emitted as {' and '.join(options.forms)} only")
     candidates = choose_candidates(backbone, found, options.max_candidates)
     say(f"{backbone.name}: {len(found.kept)} candidates, {len(found.refused)} places refused; {len(candidates)} taken")
     if options.policy == CERTIFIED:
@@ -167,6 +143,11 @@ def finish(
     backbone, rows, splits = ready.backbone, ready.rows, ready.splits
     calibration = record(backbone, heads, rows, splits.calibrate, "calibrate")
     heads, calibration = keep_beyond_chance(heads, calibration, say)
+    if options.precision != FP32:
+        program, job = lowered(ready, heads, options, say)
+        manifest, files = pack(program, job)
+        write_artifact(Path(out), manifest, files)
+        return manifest
     temperatures = calibrate(calibration)
     said = {p: record(backbone, heads, rows, getattr(splits, p), p) for p in ("select", "certify", "test")}
     recorded = {p: records(one, temperatures, options.metric, options.risk) for p, one in said.items()}
@@ -179,7 +160,7 @@ def finish(
     selection, certificate, sets = choose_exits(recorded, spent, options)
     seen = f"{selection.risk:.2%} {options.risk} on the {len(splits.select)} rows they were chosen on"
     say(f"{len(selection.chosen)} exits chosen by {options.policy}: {seen}")
-    with observed(*_observers(ready.trace, options)):
+    with observed(*observers(ready.trace, options)):
         program = build_program(
             backbone,
             exit_plan(selection, heads, temperatures, options.metric),
@@ -193,10 +174,6 @@ def finish(
     manifest, files = pack(program, job)
     write_artifact(Path(out), manifest, files)
     return manifest
-
-
-def _observers(trace: Trace, options: Options) -> tuple[Observer, ...]:
-    return (trace, verified) if options.verify else (trace,)
 
 
 def as_rows(data: Rows | np.ndarray | Mapping[str, np.ndarray], labels: np.ndarray | None = None) -> Rows:
@@ -280,39 +257,3 @@ def keep_beyond_chance(heads: Sequence[Head], recording: Recording, say: Say) ->
             told = f"{head.loss:.3g} nats from the backbone's answers, one answer for all rows {constant:.3g}"
             say(f"dropped {head.candidate.place}: its head learned hardly anything ({told})")
     return tuple(heads[i] for i in kept), Recording(recording.logits[kept], recording.backbone)
-
-
-def choose_exits(
-    recorded: Mapping[str, Records], price: Costs, options: Options
-) -> tuple[Selection, Certificate | None, int]:
-    """The exits of the policy asked for, the certificate if it gives one, and how many sets of exits the certification
-    rows decided between."""
-    if options.policy != CERTIFIED:
-        return select(options.policy, recorded["select"], price, options.tolerance), None, 1
-    found = certified(recorded["select"], recorded["certify"], price, options.tolerance, options.delta, _watched)
-    return found.selection, evidence(found), found.sets
-
-
-def _watched(path: Sequence[float]) -> Iterable[float]:
-    return bar(path, "choose exits", len(path))
-
-
-def records(
-    recording: Recording, temperatures: Sequence[float], metric: str = METRICS[0], risk: str = DISAGREEMENT
-) -> Records:
-    """What selection reads of a recording."""
-    agrees = recording.classes() == recording.backbone_classes[:, None]
-    chance = recording.confidence(temperatures, METRICS[0])  # of all metrics the one that temperatures calibrate
-    sure = chance if metric == METRICS[0] else recording.confidence(temperatures, metric)
-    return Records(sure, agrees, chance, recording.regret(), risk)
-
-
-def exit_plan(
-    selection: Selection, heads: Sequence[Head], temperatures: Sequence[float], metric: str = METRICS[0]
-) -> ExitPlan:
-    """The selection in the words of the passes."""
-    exits = tuple(
-        PlannedExit(heads[index].candidate.name, temperatures[index], threshold)
-        for index, threshold in zip(selection.chosen, selection.thresholds, strict=True)
-    )
-    return ExitPlan(exits, metric, selection.policy, selection.tolerance)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from offramp.passes import Backbone, ExitPlan, PlannedExit, build_program, row_shape
+from offramp.passes import METRICS, Backbone, ExitPlan, ExitProgram, PlannedExit, build_program, row_shape
 from offramp.runtime.engine import ModelBytes
 from offramp.runtime.manifest import StageSpec
 from offramp.runtime.selection import Costs
@@ -47,9 +47,26 @@ def measured_costs(
 
     `plain` is the backbone as one model, timed in the same rounds.
     """
+    stages, files = emit(every_exit(backbone, heads, temperatures), (SEGMENTS,))
+    return timed_costs(stages, files, plain, rows, threads)
+
+
+def every_exit(
+    backbone: Backbone, heads: Sequence[Head], temperatures: Sequence[float], metric: str = METRICS[0]
+) -> ExitProgram:
+    """The program with an exit at every candidate."""
     exits = tuple(PlannedExit(h.candidate.name, t, _ASKED) for h, t in zip(heads, temperatures, strict=True))
-    program = build_program(backbone, ExitPlan(exits), {h.candidate.name: h.module for h in heads})
-    stages, files = emit(program, (SEGMENTS,))
+    return build_program(backbone, ExitPlan(exits, metric), {h.candidate.name: h.module for h in heads})
+
+
+def timed_costs(
+    stages: Sequence[StageSpec],
+    files: Mapping[str, bytes],
+    plain: ModelBytes,
+    rows: Mapping[str, np.ndarray],
+    threads: int | None,
+) -> Costs:
+    """Milliseconds per row, in batches as large as `rows`, of the stages of `every_exit`, emitted."""
     names = tuple(rows)
     whole = StageSpec(_PLAIN, names, (), names)  # a stage before the first, which passes all inputs on
 

@@ -14,8 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from .compile import Say
-from .progress import bar
+from .progress import Say, bar
 
 EPOCHS = 40
 _BATCH = 64

@@ -1,4 +1,7 @@
-"""Evaluation: what the program does on rows nothing has touched, by its eager reference run."""
+"""Evaluation: what the program does on rows nothing has touched, by its eager reference run.
+
+Stages of another precision are no longer that program: theirs is what they answered when they ran.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,14 @@ class Outcome:
 
     exits: np.ndarray  # [rows] int64, where each row left
     classes: np.ndarray  # [rows] int64, what it was answered
-    all_classes: np.ndarray  # [E, rows] int64, what every exit would have answered
-    backbone: np.ndarray  # [rows, K] float32, the backbone's probabilities
+    all_classes: np.ndarray  # [E, rows] int64, what every exit would have answered, the last stage last
+    backbone: np.ndarray  # [rows, K] float32, the probabilities of the backbone that was compiled
 
     @property
     def backbone_classes(self) -> np.ndarray:
         """[rows] int64."""
-        last: np.ndarray = self.all_classes[-1]
-        return last
+        found: np.ndarray = self.backbone.argmax(1)
+        return found
 
 
 def run_program(program: ExitProgram, data: Rows, rows: np.ndarray) -> Outcome:
@@ -80,7 +83,8 @@ def evaluate(program: ExitProgram, outcome: Outcome, labels: np.ndarray | None) 
     differs = int((outcome.classes != outcome.backbone_classes).sum())
     interval = binomtest(differs, rows).proportion_ci(0.95, method="exact")
     segments = np.cumsum([s.flops for s in program.segments])
-    heads = np.cumsum([*head_costs(program), 0])
+    asked = np.array([threshold < np.inf for threshold in program.plan.thresholds], np.float64)
+    heads = np.cumsum([*(head_costs(program) * asked), 0])
     first = np.where(agrees.any(0), agrees.argmax(0), last)
     return Evaluation(
         rows=rows,

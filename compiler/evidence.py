@@ -127,7 +127,7 @@ class Evidence:
     def _answers(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """-> the exit each test row leaves at [rows], the backbone last, and the class it is given [rows]."""
         taken = exits_taken(self.records, self.chosen, plan.limits)
-        columns = np.column_stack([self.test.classes()[:, list(self.chosen)], self.test.backbone_classes])
+        columns = np.column_stack([self.test.classes()[:, list(self.chosen)], self.test.final_classes])
         return taken, columns[np.arange(len(taken)), taken]
 
     def _point(self, index: int, plan: Plan) -> Point:

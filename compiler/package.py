@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 
-from offramp.passes import METRICS, Backbone, ExitProgram, Limits, Trace
+from offramp.passes import METRICS, Backbone, Candidate, ExitProgram, Limits, Trace
 from offramp.runtime.artifact import Artifact, file_spec, open_artifact, write_artifact
 from offramp.runtime.data import Rows
 from offramp.runtime.engine import ModelBytes
@@ -41,12 +42,13 @@ from offramp.runtime.tune import RECORDS_FILE, RIGHT_FILE
 from . import measure
 from .costs import COSTS, FLOPS, TIME
 from .distill import Head
-from .emit import SCRIPT, TARGETS, any_onnx, check_targets, emit
+from .emit import SCRIPT, SEGMENTS, TARGETS, any_onnx, check_targets, emit
 from .emit.metadata import known_before
 from .emit.torchscript import ScriptSession
 from .equivalence import compare, require
-from .evaluate import evaluate, head_costs, run_program
+from .evaluate import Outcome, evaluate, head_costs, run_program
 from .evidence import Evidence
+from .precision import FP32, PRECISIONS
 from .record import Recording
 from .report import render_report
 from .search import Search
@@ -71,7 +73,8 @@ class Options:
     dial: tuple[float, ...] = TOLERANCES  # that a deployment may turn to, beside `tolerance`
     delta: float = 0.05  # how often the certificate may be wrong
     seed: int = 0
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] | None = None  # None: stages, and at fp32 the single file too
+    precision: str = FP32  # of the emitted stages
     training: Training = field(default_factory=Training)
     search: Search = field(default_factory=Search)  # for heads; none unless asked for
     limits: Limits = field(default_factory=Limits)
@@ -107,11 +110,48 @@ class Options:
             raise UsageError(f"cost {self.cost!r} does not exist; choose one of {', '.join(COSTS)}")
         if self.cost_batch < 1:
             raise UsageError(f"the time of {self.cost_batch} rows is asked for; give 1 or more")
-        if self.cost == TIME and not any_onnx(self.targets):
+        if self.cost == TIME and not any_onnx(self.forms):
             raise UsageError("time is measured in ONNX Runtime; add target onnx-segments, or choose exits by flops")
         if self.max_candidates < 1:
             raise UsageError(f"at most {self.max_candidates} candidates leaves none; give 1 or more")
-        check_targets(self.targets)
+        check_targets(self.forms)
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision {self.precision!r} does not exist; choose one of {', '.join(PRECISIONS)}")
+        if self.precision == FP32:
+            return
+        if wrong := [form for form in self.forms if form != SEGMENTS]:
+            raise UsageError(
+                f"{wrong[0]} is emitted at {FP32} only; for {self.precision} leave --target {wrong[0]} out and ask for "
+                f"{SEGMENTS} alone, or leave --precision out"
+            )
+        if self.tolerance == 0:
+            raise UsageError(
+                f"tolerance 0 allows no answer to change, and {self.precision} changes some; raise the tolerance, or "
+                "leave --precision out"
+            )
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The targets asked for, or else those that the precision has."""
+        if self.targets is not None:
+            return self.targets
+        return TARGETS if self.precision == FP32 else (SEGMENTS,)
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A model and its rows, with the places where exits may go: all that training needs."""
+
+    backbone: Backbone
+    candidates: tuple[Candidate, ...]
+    rows: Rows
+    splits: RowSplits
+    plain: ModelBytes | None  # the backbone alone as ONNX
+    trace: Trace  # the graph after every pass
+    static: Backbone | None = None  # a smaller model to compare with
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +172,8 @@ class Job:
     options: Options
     trace: Trace = field(default_factory=Trace)  # the graph after every pass
     static: Backbone | None = None  # a smaller model to compare with
+    models: Sequence[onnx.ModelProto] | None = None  # the stages', converted to another precision; None: to be made
+    outcome: Outcome | None = None  # of these stages on the test rows; None: the eager run tells
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -145,7 +187,7 @@ def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
     Raises `ModelError` when an operator has no ONNX form or an emitted form answers otherwise than the eager run.
     """
     known = _describe(program, job)
-    stages, files = emit(program, job.options.targets, manifest=known_before(known))
+    stages, files = emit(program, job.options.forms, manifest=known_before(known), made=job.models)
     files[RECORDS_FILE] = _records_file(job)
     if job.trace.records:
         files[PASSES_FILE] = dump_passes(job.trace.records)
@@ -153,7 +195,8 @@ def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
     with tempfile.TemporaryDirectory(prefix="offramp-") as folder:
         write_artifact(Path(folder) / "draft", draft, files)
         artifact = open_artifact(Path(folder) / "draft")
-        _check(program, artifact, job)
+        if job.models is None:  # converted ones answer otherwise by design, and are judged by what they answered
+            _check(program, artifact, job)
         worth = _worth_dropping(artifact, job)
         measured = replace(draft.measured, worth_dropping=worth)
         measurements = _timings(replace(artifact, manifest=replace(draft, measured=measured)), job)
@@ -192,7 +235,7 @@ def _labelled_files(job: Job) -> dict[str, bytes]:
     """`right.npz`, if there are labels: which test rows each candidate, and last the backbone, answers as they do."""
     if job.labels is None:
         return {}
-    classes = np.column_stack([job.test.classes(), job.test.backbone_classes])
+    classes = np.column_stack([job.test.classes(), job.test.final_classes])
     return {RIGHT_FILE: _npz({"right": classes == job.labels[:, None]})}
 
 
@@ -223,13 +266,15 @@ def _describe(program: ExitProgram, job: Job) -> Manifest:
         evaluation=_evaluated(program, job),
         files={},
         measured=Measured("", "", {}, (), {}),
+        precision=job.options.precision,
     )
 
 
 def _evaluated(program: ExitProgram, job: Job) -> Evaluation:
     """The program on the test rows, and the static model if there is one."""
     rows, labels = job.splits.test, job.labels
-    seen = evaluate(program, run_program(program, job.rows, rows), labels)
+    outcome = run_program(program, job.rows, rows) if job.outcome is None else job.outcome
+    seen = evaluate(program, outcome, labels)
     if job.static is None:
         return seen
     return replace(seen, static=evaluate_static(job.static, job.rows, rows, job.test.backbone, labels))

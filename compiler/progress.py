@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+Say = Callable[[str], None]  # receives one line
 
 
 def bar(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

@@ -31,13 +31,20 @@ _BATCH = 128
 class Recording:
     """Answers for some rows; candidates from shallow to deep."""
 
-    logits: np.ndarray  # [candidates, rows, K] float32, temperature 1
+    logits: np.ndarray  # [candidates, rows, K] float32, temperature 1; float64 where taken from probabilities
     backbone: np.ndarray  # [rows, K] float32, probabilities
+    final: np.ndarray | None = None  # [rows, K] float32, those of an emitted last stage that may answer otherwise
 
     @property
     def backbone_classes(self) -> np.ndarray:
         """[rows] int64."""
         found: np.ndarray = self.backbone.argmax(1)
+        return found
+
+    @property
+    def final_classes(self) -> np.ndarray:
+        """[rows] int64, what a row is answered that reaches the end."""
+        found: np.ndarray = (self.backbone if self.final is None else self.final).argmax(1)
         return found
 
     def classes(self) -> np.ndarray:
@@ -47,14 +54,21 @@ class Recording:
 
     def regret(self) -> np.ndarray:
         """[rows, candidates] float32 in [0, 1]: the backbone's p(its class) - p(the head's class)."""
-        given = np.take_along_axis(self.backbone, self.classes(), 1)
+        return self._lost(self.classes())
+
+    def final_regret(self) -> np.ndarray:
+        """[rows] float32 in [0, 1]: the same of what is answered at the end."""
+        return self._lost(self.final_classes[:, None])[:, 0]
+
+    def _lost(self, classes: np.ndarray) -> np.ndarray:
+        given = np.take_along_axis(self.backbone, classes, 1)
         lost: np.ndarray = np.clip(self.backbone.max(1, keepdims=True) - given, 0, 1)
         return lost
 
     def confidence(self, temperatures: Sequence[float], metric: str) -> np.ndarray:
         """[rows, candidates] float32, computed as the exit program computes it."""
         columns = [
-            confidence(probabilities(torch.from_numpy(logits), "logits", t), metric).numpy()
+            confidence(probabilities(torch.from_numpy(logits), "logits", t), metric).float().numpy()
             for logits, t in zip(self.logits, temperatures, strict=True)
         ]
         return np.stack(columns, 1) if columns else np.zeros((len(self.backbone), 0), np.float32)

@@ -61,6 +61,7 @@ def render_report(evidence: Evidence) -> bytes:
             labelled=evidence.labels is not None,
             silent=not evidence.chosen,
             promise=_promise(manifest),
+            alone=percent(1 - manifest.evaluation.exits[-1].agreement_all, 2),
             models=_models(manifest),
             risks=_risks(manifest),
             dial=_dial(evidence),

@@ -20,6 +20,10 @@ class InputError(OfframpError):
     """Data does not fit the model: name, shape, dtype, not finite, empty, too few rows."""
 
 
+class ToleranceError(InputError):
+    """Stages of lower precision change more answers than the tolerance allows, whatever exits do."""
+
+
 class ProviderError(OfframpError):
     """No onnxruntime is installed, or an execution provider asked for is not available."""
 

@@ -27,6 +27,7 @@ from .errors import ArtifactError, UsageError
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+_PRECISIONS = ("fp32", "fp16", "int8")
 _DTYPE = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")
 
 T = TypeVar("T")
@@ -122,7 +123,7 @@ class StaticEvaluation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The whole program on the held-out test rows, by the eager reference run."""
+    """The whole program on the held-out test rows: the eager reference run, or the stages' where they are not fp32."""
 
     rows: int
     exits: tuple[ExitEvaluation, ...]
@@ -232,11 +233,13 @@ class Manifest:
     evaluation: Evaluation
     files: dict[str, FileSpec]
     measured: Measured
+    precision: str = "fp32"  # of the stages: "fp32", "fp16" or "int8"; their answers are float32
 
     def plan(self, tolerance: float | None = None) -> Plan | None:
         """The boldest plan whose tolerance is not above the one asked for; the default one for None.
 
-        None where no plan is as timid as that: the backbone answers. Raises `UsageError` outside [0, 1].
+        None where no plan is as timid as that: the last stage answers, the backbone's own at its precision. Raises
+        `UsageError` outside [0, 1].
         """
         if tolerance is None:
             return self.plans[self.default_plan]
@@ -360,6 +363,8 @@ def _check(manifest: Manifest, where: str) -> None:
             raise ArtifactError(f"{where}: file name {name!r} leaves the artifact or is reserved; do not use it")
         if name in manifest.files and name in manifest.measured.files:
             raise ArtifactError(f"{where}: file {name!r} is listed twice; compile the model again")
+    if manifest.precision not in _PRECISIONS:
+        raise ArtifactError(f"{where}: precision {manifest.precision!r} is unknown; compile the model again")
     _check_inputs(manifest, where)
     exits = len(manifest.exits)
     if not manifest.stages and not {"model.onnx", "model.ts"} & manifest.files.keys():

@@ -46,11 +46,20 @@ def _title(manifest: Manifest) -> str:
     promise = _promise(plan, manifest.risk)
     chosen_by = manifest.measured.chosen_by
     by = "" if chosen_by is None else f"\nexits chosen to save time at {chosen_by}"
+    by += _precision(manifest)
     return (
         f"{_short(backbone.name, 60)}: {human(backbone.parameters)} parameters, "
         f"{human(backbone.flops)} FLOPs per row, {manifest.classes} classes\n"
         f"tolerance {percent(plan.tolerance, 2)} of {manifest.risk}, policy {plan.policy}{promise}{by}"
     )
+
+
+def _precision(manifest: Manifest) -> str:
+    """What the stages' precision costs without any exit, on the test rows."""
+    if manifest.precision == "fp32":
+        return ""
+    alone = percent(1 - manifest.evaluation.exits[-1].agreement_all, 2)
+    return f"\nstages in {manifest.precision}, which alone changes {alone} of the answers"
 
 
 def _promise(plan: Plan, risk: str) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from .artifact import Artifact, check_output, open_artifact, write_artifact
-from .errors import ArtifactError, UsageError
+from .errors import ArtifactError, ToleranceError, UsageError
 from .manifest import Evaluation, ExitEvaluation, Manifest, Plan, Tuned
 from .selection import (
     CERTIFIED,
@@ -34,6 +34,7 @@ from .selection import (
     disagreement,
     exits_taken,
     joint,
+    plan_without_exits,
     plans_over,
     select,
     upper_bound,
@@ -158,10 +159,24 @@ def retuned(
     some = best_set(kept.candidates, price)
     tolerances = sorted({wanted, *(plan.tolerance for plan in manifest.plans)})
     if not some:
-        return tuple(_plan(t, policy, {}, kept.candidates) for t in tolerances)
+        return _none_asked(stored, costs, tolerances, policy, delta, wanted)
     recorded = {part: said.among(some) for part, said in stored.recorded.items()}
-    plans = plans_over(recorded, costs.among(some), tolerances, policy, delta, stored.sets)
+    plans = plans_over(recorded, costs.among(some), tolerances, policy, delta, stored.sets, wanted)
     return tuple(replace(p, thresholds=_spread(p.thresholds, some, kept.candidates)) for p in plans)
+
+
+def _none_asked(
+    stored: Stored, costs: Costs, tolerances: Sequence[float], policy: str, delta: float, wanted: float
+) -> tuple[Plan, ...]:
+    """Plans under which no exit answers, for the tolerances that the stages' precision alone keeps to."""
+    plans, exits, level = [], len(costs.head), delta / stored.sets
+    for tolerance in tolerances:
+        try:
+            plans.append(plan_without_exits(stored.recorded, costs, tolerance, policy, level, exits))
+        except ToleranceError:
+            if tolerance == wanted:
+                raise
+    return tuple(plans)
 
 
 def best_set(exits: int, price: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
@@ -222,7 +237,8 @@ def evaluated(manifest: Manifest, plan: Plan, stored: Stored) -> Evaluation:
     last = test.candidates
     limits = plan.limits
     taken = exits_taken(test, range(last), limits)
-    agrees = np.column_stack([test.agrees, np.ones(test.rows, np.bool_)])
+    end = np.zeros(test.rows, np.bool_) if test.final is None else test.final
+    agrees = np.column_stack([test.agrees, ~end])
     at = np.arange(test.rows)
     exits = []
     for index, before in enumerate(manifest.evaluation.exits):
@@ -238,7 +254,7 @@ def evaluated(manifest: Manifest, plan: Plan, stored: Stored) -> Evaluation:
         )
     wrong = round(disagreement(test, range(last), limits) * test.rows)
     low, high = upper_bound(test.rows - wrong, test.rows, 0.025), upper_bound(wrong, test.rows, 0.025)
-    none = np.zeros((test.rows, 1))
+    none = np.zeros(test.rows) if test.final_regret is None else test.final_regret
     lost = np.column_stack([test.regret, none]) if test.regret is not None else np.zeros((test.rows, last + 1))
     asked = [limit < math.inf for limit in limits] + [False]
     reach = np.cumsum([spec.segment_flops for spec in manifest.exits])
@@ -255,8 +271,11 @@ def evaluated(manifest: Manifest, plan: Plan, stored: Stored) -> Evaluation:
 
 
 def _records(arrays: Mapping[str, np.ndarray], part: str, risk: str) -> Records:
-    more = {name: arrays.get(f"{part}_{name}") for name in ("chance", "regret")}
-    return Records(arrays[f"{part}_confidence"], arrays[f"{part}_agrees"], more["chance"], more["regret"], risk)
+    names = ("chance", "regret", "final", "final_regret")
+    chance, regret, final, lost = (arrays.get(f"{part}_{name}") for name in names)
+    return Records(
+        arrays[f"{part}_confidence"], arrays[f"{part}_agrees"], chance, regret, risk, final=final, final_regret=lost
+    )
 
 
 def _hoped(kept: Records, costs: Costs, tolerance: float, policy: str) -> Selection:

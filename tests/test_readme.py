@@ -28,7 +28,7 @@ BLOCKS = {  # README block: the benchmark, and what it writes the block of its r
     "heads": ("heads", "table"), "search_cost": ("search_cost", "table"), "tuned": ("tuned", "table"),
     "variants": ("variants", "table"), "ablation": ("ablation", "table"), "thresholds": ("thresholds", "table"),
     "equal_risk": ("thresholds", "equal_risk_table"), "whole_compile": ("whole_compile", "line"),
-    "speed": ("speed", "tables"), "footprint": ("footprint", "line"),
+    "speed": ("speed", "tables"), "footprint": ("footprint", "line"), "precision": ("precision", "table"),
 }  # fmt: skip
 
 

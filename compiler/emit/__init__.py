@@ -6,7 +6,10 @@ a person says otherwise, and `torchscript` (one file for libtorch).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+
+import onnx
 
 from offramp.passes import Backbone, ExitPlan, ExitProgram, build_program
 from offramp.runtime.engine import ModelBytes
@@ -16,7 +19,7 @@ from offramp.runtime.manifest import StageSpec
 from .external import INLINE_LIMIT, ExternalData, checked, model_bytes, model_files, weight_bytes
 from .metadata import describe_files
 from .single_file import single_file_model
-from .stages import backbone_model, stage_models, stage_specs
+from .stages import asked_only, backbone_model, stage_models, stage_specs
 from .torchscript import check_torchscript, torchscript_model
 from .translate import to_onnx
 
@@ -28,6 +31,7 @@ SCRIPT = "model.ts"
 
 __all__ = [
     "ALL_TARGETS",
+    "INLINE_LIMIT",
     "SCRIPT",
     "TARGETS",
     "any_onnx",
@@ -37,8 +41,10 @@ __all__ = [
     "model_bytes",
     "model_files",
     "plain_model",
+    "stage_models",
     "stage_specs",
     "to_onnx",
+    "weight_bytes",
 ]
 
 
@@ -67,18 +73,22 @@ def any_onnx(targets: Sequence[str]) -> bool:
 
 
 def emit(
-    program: ExitProgram, targets: Sequence[str] = TARGETS, *, manifest: str = "", limit: int = INLINE_LIMIT
-) -> tuple[tuple[StageSpec, ...], dict[str, bytes]]:
+    program: ExitProgram, targets: Sequence[str] = TARGETS, *, manifest: str = "", limit: int = INLINE_LIMIT,
+    made: Sequence[onnx.ModelProto] | None = None,
+) -> tuple[tuple[StageSpec, ...], dict[str, bytes]]:  # fmt: skip
     """`ExitProgram` -> what the manifest says of the stages, and the files by name.
 
     `manifest`, JSON, goes into the metadata of every ONNX file; see `metadata`. A model with more than `limit`
-    bytes of weights has them in a file beside it, called the same with `.data` behind.
+    bytes of weights has them in a file beside it, called the same with `.data` behind. `made` are the stages' models
+    where they were made before, and perhaps converted; they stay as they are.
 
     Raises `ModelError` when a stage holds an operator that one of the targets cannot express.
     """
     check_targets(targets)
     specs = stage_specs(program)
-    models = stage_models(program) if any_onnx(targets) else ()
+    models: Sequence[onnx.ModelProto] = ()
+    if any_onnx(targets):
+        models = asked_only(program, stage_models(program) if made is None else copy.deepcopy(tuple(made)))
     files: dict[str, bytes] = {}
     if SINGLE_FILE in targets:
         external = ExternalData(WHOLE) if sum(map(weight_bytes, models)) > limit else None

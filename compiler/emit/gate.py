@@ -32,8 +32,8 @@ def gated(model: onnx.ModelProto, passed: Sequence[str], classes: int) -> onnx.M
         part = segment if needed & {*node.output} else head
         part.insert(0, node)
         if part is segment:
-            needed |= _read(node)
-    own = {name for node in head for name in _read(node)} - needed
+            needed |= values_read(node)
+    own = {name for node in head for name in values_read(node)} - needed
     inside = [weight for weight in graph.initializer if weight.name in own]
     outside = [weight for weight in graph.initializer if weight.name not in own]
     asked = _branch("answer", _renamed(head), inside, classes)
@@ -89,13 +89,13 @@ def _renamed(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
     return made
 
 
-def _read(node: onnx.NodeProto) -> set[str]:
+def values_read(node: onnx.NodeProto) -> set[str]:
     """Every value a node reads, those its branches read from around them included."""
     read = {name for name in node.input if name}
     for attribute in node.attribute:
         if attribute.HasField("g"):
             made = {name for inner in attribute.g.node for name in inner.output}
             made |= {weight.name for weight in attribute.g.initializer} | {value.name for value in attribute.g.input}
-            read |= {name for inner in attribute.g.node for name in _read(inner)} - made
+            read |= {name for inner in attribute.g.node for name in values_read(inner)} - made
             read |= {value.name for value in attribute.g.output} - made
     return read

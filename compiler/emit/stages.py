@@ -7,7 +7,7 @@ true: an exit that never answers need not be computed. The last stage yields the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx
 import torch
@@ -71,7 +71,7 @@ def stage_specs(program: ExitProgram) -> tuple[StageSpec, ...]:
 
 
 def stage_models(program: ExitProgram) -> tuple[onnx.ModelProto, ...]:
-    """One ONNX model per stage."""
+    """One ONNX model per stage, its head always asked."""
     models = []
     specs = stage_specs(program)
     for index, spec in bar(enumerate(specs), "emit", len(specs)):
@@ -81,9 +81,15 @@ def stage_models(program: ExitProgram) -> tuple[onnx.ModelProto, ...]:
         stage.segment, places = with_places(keep_promises(stage.segment))
         prefixes |= _below("segment", places)
         examples = _examples(program.segments[index].graph_module)
-        model = to_onnx(stage, examples, (*spec.outputs, *ANSWER), prefixes)
-        models.append(model if stage.last else gated(model, spec.outputs, program.backbone.classes))
+        models.append(to_onnx(stage, examples, (*spec.outputs, *ANSWER), prefixes))
     return tuple(models)
+
+
+def asked_only(program: ExitProgram, models: Sequence[onnx.ModelProto]) -> tuple[onnx.ModelProto, ...]:
+    """In place: the models of `stage_models` with heads that may be left unasked, but for the last, which has none."""
+    specs = stage_specs(program)[:-1]
+    made = [gated(model, spec.outputs, program.backbone.classes) for model, spec in zip(models, specs, strict=False)]
+    return (*made, models[-1])
 
 
 def backbone_model(backbone: Backbone, limit: int = INLINE_LIMIT) -> ModelBytes:

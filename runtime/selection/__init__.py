@@ -9,7 +9,7 @@ dial       plans for the tolerances a deployment may turn to
 
 from .bounds import DISAGREEMENT, REGRET, RISKS, rows_needed, upper_bound
 from .certify import Certified, certified, check_rows, plan_path, walk
-from .dial import CERTIFIED, PREDICTED, TOLERANCES, dial, evidence, plans_over
+from .dial import CERTIFIED, PREDICTED, TOLERANCES, dial, evidence, plan_without_exits, plans_over
 from .joint import column
 from .policies import POLICIES, equal, equation_3_threshold, equation_4_score, geometric, joint, select
 from .records import (
@@ -50,6 +50,7 @@ __all__ = [
     "joint",
     "oracle_cost",
     "plan_path",
+    "plan_without_exits",
     "plans_over",
     "realised_risk",
     "rows_needed",

@@ -87,4 +87,4 @@ def upper_bound(observed: float, rows: int, delta: float, kind: str = DISAGREEME
 
 def rows_needed(tolerance: float, delta: float) -> int:
     """Fewest rows that can certify `tolerance` at `delta`, when none of them shows any risk."""
-    return math.ceil(math.log(delta) / math.log1p(-tolerance))
+    return math.ceil(math.log(delta) / math.log1p(-tolerance)) if tolerance < 1 else 1

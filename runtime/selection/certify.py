@@ -10,7 +10,11 @@ risk control see Angelopoulos et al., "Learn then Test", 2021).
 Assumes that certification rows and new rows are drawn alike and independently. Disagreements of a plan on n
 such rows are binomial, so the test is exact: p = P(Binomial(n, tolerance) <= observed). For regret see `bounds`.
 
-Refused: a delta outside (0, 1); fewer rows than a plan without any disagreement would need.
+Where stages of lower precision change answers of their own (`Records.final`), the plan without exits makes a claim
+like any other and is tested first; the risk of every plan is that of exits and precision together.
+
+Refused: a delta outside (0, 1); fewer rows than a plan without any disagreement would need; a tolerance that cannot be
+certified for the precision alone (ToleranceError).
 """
 
 from __future__ import annotations
@@ -21,9 +25,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..errors import InputError, UsageError
+from ..errors import InputError, ToleranceError, UsageError
 from .bounds import RISKS, rows_needed, upper_bound
-from .policies import joint
+from .policies import joint, left_over
 from .records import Costs, Records, Selection, expected_cost, realised_risk
 
 # Shares of the tolerance a plan of the path is chosen for. Beyond 1 the expectation was too gloomy.
@@ -60,7 +64,8 @@ def certified(
 ) -> Certified:
     """Selection records, certification records -> the boldest plan whose risk is certified.
 
-    The plan without exits needs no evidence: it is what remains when not even the most timid plan passes.
+    The plan without exits is what remains when not even the most timid plan passes; only where stages are of lower
+    precision it needs evidence too.
     """
     if not 0 < delta < 1:
         raise UsageError(f"delta {delta} is not a probability; give a number between 0 and 1, such as 0.05")
@@ -75,13 +80,28 @@ def walk(path: Sequence[Selection], held_out: Records, costs: Costs, tolerance: 
     kind, rows = held_out.kind, held_out.rows
     nothing = Selection((), (), "certified", tolerance, float(costs.reach[-1]), 0.0)
     sets = max(1, len({plan.chosen for plan in path}))
-    best = Certified(nothing, delta, rows, 0, 0.0, sets)
+    best = Certified(nothing, delta, rows, *_without_exits(held_out, tolerance, delta), sets)
     for selection in path:
         observed = round(realised_risk(held_out, selection.chosen, selection.thresholds) * rows, 6)
         if RISKS[kind].p_value(observed, rows, tolerance) > delta:
             break
         best = Certified(selection, delta, rows, observed, upper_bound(observed, rows, delta, kind), sets)
     return best
+
+
+def _without_exits(held_out: Records, tolerance: float, delta: float) -> tuple[float, float]:
+    """Risk summed over the certification rows, and its bound, when no row leaves early."""
+    if held_out.final is None:
+        return 0, 0.0
+    kind, rows = held_out.kind, held_out.rows
+    observed = round(float(held_out.final_risk.sum()), 6)
+    if RISKS[kind].p_value(observed, rows, tolerance) > delta:
+        raise ToleranceError(
+            f"lower precision alone changes {observed / rows:.2%} of the answers ({kind} on {rows} certification "
+            f"rows), which cannot certify a tolerance of {tolerance:.4g} at delta {delta:.4g}; raise the tolerance, "
+            "give more data, or compile with a finer precision"
+        )
+    return observed, upper_bound(observed, rows, delta, kind)
 
 
 def plan_path(selected: Records, costs: Costs, tolerance: float, watch: Watch = iter) -> Iterator[Selection]:
@@ -91,9 +111,10 @@ def plan_path(selected: Records, costs: Costs, tolerance: float, watch: Watch = 
     was not fitted on, it does not reward a threshold for the luck of these rows, as counting disagreements does.
     """
     predicted = replace(selected, predicted=True)
-    least = math.inf
+    least, allowed = math.inf, left_over(selected, tolerance)
+    spent = float(selected.final_risk.mean())  # every plan is charged with it
     for share in watch(PATH):
-        found = joint(predicted, costs, min(1.0, share * tolerance))
+        found = joint(predicted, costs, min(1.0, spent + share * allowed))
         cost = expected_cost(selected, costs, found.chosen, found.thresholds)
         if found.chosen and cost < least:
             least, seen = cost, realised_risk(selected, found.chosen, found.thresholds)

@@ -8,6 +8,9 @@ probability 1 - delta for itself, not all of them at once.
 Which exits the artifact has was decided by those same certification rows, but only among the plans of a path that the
 selection rows alone drew. So the tests over these exits are made at delta over the number of sets of exits on that
 path: whichever of them was taken, delta bounds the whole (union bound).
+
+Where stages of lower precision alone break a tolerance, there is no plan for it: a deployment that asks for it gets
+what the last stage answers, the most faithful answers the artifact has.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..errors import ToleranceError
 from ..manifest import Certificate, Plan
 from .bounds import rows_needed
-from .certify import Certified, certified
-from .policies import joint, select
+from .certify import Certified, certified, walk
+from .policies import joint, left_over, select
 from .records import Costs, Records, Selection
 
 TOLERANCES = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05)
@@ -51,10 +55,32 @@ def dial(
 
 
 def plans_over(
-    recorded: Mapping[str, Records], costs: Costs, tolerances: Iterable[float], policy: str, delta: float, sets: int
-) -> tuple[Plan, ...]:
-    """A plan for each tolerance, over exits that are the records' candidates; `sets` as for `dial`."""
-    return tuple(_plan(recorded, costs, tolerance, policy, delta, sets) for tolerance in tolerances)
+    recorded: Mapping[str, Records], costs: Costs, tolerances: Iterable[float], policy: str, delta: float, sets: int,
+    needed: float | None = None,
+) -> tuple[Plan, ...]:  # fmt: skip
+    """A plan for each tolerance, over exits that are the records' candidates; `sets` as for `dial`.
+
+    None for one that lower precision alone breaks; where it is the tolerance `needed`, `ToleranceError` says so.
+    """
+    plans = []
+    for tolerance in tolerances:
+        try:
+            plans.append(_plan(recorded, costs, tolerance, policy, delta, sets))
+        except ToleranceError:
+            if tolerance == needed:
+                raise
+    return tuple(plans)
+
+
+def plan_without_exits(
+    recorded: Mapping[str, Records], costs: Costs, tolerance: float, policy: str, delta: float, exits: int
+) -> Plan:
+    """The plan under which none of so many exits answers. Raises `ToleranceError` as `plans_over` does."""
+    left_over(recorded["select"], tolerance)
+    certificate = None
+    if policy == CERTIFIED and recorded["certify"].final is not None:
+        certificate = evidence(walk((), recorded["certify"], costs, tolerance, delta))
+    return Plan(tolerance, policy, (None,) * exits, certificate)
 
 
 def _plan(

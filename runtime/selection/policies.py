@@ -12,7 +12,11 @@ disagreement, exits that happened to be lucky. On new rows such a plan saves les
 realised risk (measured, see the README). So where calibrated chances were recorded `joint` orders plans by a risk that
 is shrunk towards what they predict, and takes the boldest whose observed risk is within the tolerance.
 
-Refused: a tolerance outside [0, 1] and an unknown policy (UsageError); costs of other candidates (InputError).
+Where stages of lower precision change answers of their own (`Records.final`), every row is charged with that, those
+that leave before the end too: exits get what is left of the tolerance. That is a little less than they could have.
+
+Refused: a tolerance outside [0, 1] and an unknown policy (UsageError); costs of other candidates (InputError); a
+tolerance that lower precision alone breaks (ToleranceError).
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, UsageError
+from ..errors import InputError, ToleranceError, UsageError
 from .joint import WORK, Column, Ints, boldest, column, search
 from .records import Costs, Records, Selection, exits_taken, expected_cost, realised_risk
 
@@ -93,6 +97,20 @@ def select(policy: str, records: Records, costs: Costs, tolerance: float) -> Sel
     return POLICIES[policy](records, costs, tolerance)
 
 
+def left_over(records: Records, tolerance: float) -> float:
+    """What exits may risk within the tolerance, the precision's own risk on these rows taken off.
+
+    Raises `ToleranceError` when nothing is left.
+    """
+    spent = float(records.final_risk.mean())
+    if spent > tolerance:
+        raise ToleranceError(
+            f"lower precision alone changes {spent:.2%} of the answers ({records.kind} on {records.rows} rows), more "
+            f"than the tolerance of {tolerance:.4g}; raise the tolerance, or compile with a finer precision"
+        )
+    return tolerance - spent
+
+
 def _geometric(records: Records, costs: Costs, columns: tuple[Column, ...], tolerance: float) -> Ints:
     return _within(records, costs, columns, tolerance, lambda budget, n, _size: budget / 2**n)
 
@@ -145,10 +163,11 @@ def _checked(
         raise InputError(
             f"costs: {len(costs.head)} heads for {records.candidates} recorded candidates; cost the same ones"
         )
+    exits, allowed = replace(records, final=None, final_regret=None), left_over(records, tolerance)
     risk = records.risk
     columns = tuple(column(records.confidence[:, i], risk[:, i]) for i in range(records.candidates))
     free = costs.reach[-1] == 0  # a backbone that costs nothing leaves nothing to save
-    chosen, thresholds = ((), ()) if free else _plan(columns, find(records, costs, columns, tolerance))
+    chosen, thresholds = ((), ()) if free else _plan(columns, find(exits, costs, columns, allowed))
     return Selection(
         chosen,
         thresholds,

@@ -2,7 +2,9 @@
 
 A row leaves at the first chosen exit with confidence >= threshold, else at the backbone. It costs the
 segments up to there and the head of every chosen exit it passed, its own included. Its risk is that of the
-exit it left at; the backbone has none. Numpy alone: a deployment selects again with it.
+exit it left at. The backbone has none, unless its stages were emitted in a lower precision: then their own answers may
+differ from those of the model that was compiled, and `final` says for which rows. Numpy alone: a deployment selects
+again with it.
 
 Refused: records or costs that are empty, of the wrong shape or type, not finite or out of range (InputError).
 """
@@ -30,6 +32,8 @@ class Records:
     regret: NDArray[np.float32] | None = None  # [rows, candidates] the backbone's p(its class) - p(the exit's class)
     kind: str = DISAGREEMENT  # of risk
     predicted: bool = False  # take the risk that `chance` predicts in place of the one observed
+    final: NDArray[np.bool_] | None = None  # [rows] the last stage answers otherwise than the model; None: never
+    final_regret: NDArray[np.float32] | None = None  # [rows] the model's p(its class) - p(the last stage's class)
 
     def __post_init__(self) -> None:
         conf, agrees = self.confidence, self.agrees
@@ -48,10 +52,22 @@ class Records:
                 raise InputError(
                     f"records: {name} is not float32 {list(conf.shape)} in [0, 1]; record it as confidence"
                 )
+        self._check_final()
         if self.kind not in RISKS:
             raise UsageError(f"risk {self.kind!r} does not exist; choose one of {', '.join(RISKS)}")
         if self.kind == REGRET and self.regret is None:
             raise InputError("records: no regret was recorded; compile the model again")
+
+    def _check_final(self) -> None:
+        if (self.final is None) != (self.final_regret is None):
+            raise InputError("records: of final and final_regret one is missing; give both or neither")
+        if self.final is None or self.final_regret is None:
+            return
+        lost = self.final_regret
+        if self.final.shape != (self.rows,) or self.final.dtype != np.bool_:
+            raise InputError(f"records: final is {self.final.dtype} {list(self.final.shape)}; give bool [{self.rows}]")
+        if lost.shape != (self.rows,) or lost.dtype != np.float32 or not ((lost >= 0) & (lost <= 1)).all():
+            raise InputError(f"records: final_regret is not float32 [{self.rows}] in [0, 1]; record it as regret")
 
     @property
     def rows(self) -> int:
@@ -71,7 +87,10 @@ class Records:
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """All that was recorded, by name."""
-        named = {"confidence": self.confidence, "agrees": self.agrees, "chance": self.chance, "regret": self.regret}
+        named = {
+            "confidence": self.confidence, "agrees": self.agrees, "chance": self.chance, "regret": self.regret,
+            "final": self.final, "final_regret": self.final_regret,
+        }  # fmt: skip
         return {name: values for name, values in named.items() if values is not None}
 
     def _taken(self, part: tuple[NDArray[np.intp], ...]) -> Records:
@@ -81,6 +100,8 @@ class Records:
             agrees=self.agrees[part],
             chance=None if self.chance is None else self.chance[part],
             regret=None if self.regret is None else self.regret[part],
+            final=None if self.final is None else self.final[part[0][:, 0]],
+            final_regret=None if self.final_regret is None else self.final_regret[part[0][:, 0]],
         )
 
     @property
@@ -92,6 +113,13 @@ class Records:
         if self.kind == REGRET and self.regret is not None:
             return self.regret.astype(np.float64)
         return (~self.agrees).astype(np.float64)
+
+    @property
+    def final_risk(self) -> Floats:
+        """[rows] in [0, 1]: what a row risks that no exit answers. Observed always: nothing predicts it."""
+        if self.final is None or self.final_regret is None:
+            return np.zeros(self.rows)
+        return (self.final_regret if self.kind == REGRET else self.final).astype(np.float64)
 
     def _regret_of_one(self) -> Floats:
         """[candidates] what one disagreement costs in the mean; 1 where the risk is disagreement itself."""
@@ -158,14 +186,15 @@ def expected_cost(records: Records, costs: Costs, chosen: Sequence[int], thresho
 
 
 def realised_risk(records: Records, chosen: Sequence[int], thresholds: Sequence[float]) -> float:
-    """Mean risk over all rows, the backbone's answers having none."""
+    """Mean risk over all rows, the backbone's answers having none but that of their precision."""
     taken = exits_taken(records, chosen, thresholds)
     left = np.flatnonzero(taken < len(chosen))
-    return float(records.risk[left, np.asarray(chosen, np.int64)[taken[left]]].sum()) / records.rows
+    early = float(records.risk[left, np.asarray(chosen, np.int64)[taken[left]]].sum())
+    return (early + float(records.final_risk[taken == len(chosen)].sum())) / records.rows
 
 
 def disagreement(records: Records, chosen: Sequence[int], thresholds: Sequence[float]) -> float:
-    """Share of all rows whose exit does not agree with the backbone."""
+    """Share of all rows that are answered otherwise than by the model that was compiled."""
     return realised_risk(replace(records, kind=DISAGREEMENT, predicted=False), chosen, thresholds)
 
 

@@ -212,6 +212,7 @@ FORGERIES = [
     ),
     ("text for threshold", put("plans", 0, "thresholds", 0), "x", r"thresholds\[0\]"),
     ("too few thresholds", put("plans", 1, "thresholds"), [0.5], "1 thresholds for 2 exits"),
+    ("unknown precision", put("precision"), "int4", "precision 'int4' is unknown; compile"),
     ("no plan", put("plans"), [], "default plan 0 does not exist"),
     ("negative plan", put("default_plan"), -1, "default plan -1 does not exist"),
     ("no inputs", put("inputs"), [], "no inputs"),
