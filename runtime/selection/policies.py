@@ -36,7 +36,6 @@ from .records import Costs, Records, Selection, exits_taken, expected_cost, real
 
 EXHAUSTIVE = 12  # candidates up to which every subset is scored
 _BELIEVED = 0.8  # of the shrunk risk is predicted, the rest observed: chances know nothing of the exits before theirs
-_SMOOTH = 0.01  # of the joint search's pair moves: predicted risks have no steps to hop over, and gain 0.02 % by them
 
 
 def equation_3_threshold(confidence: NDArray[np.float32], agrees: NDArray[np.bool_], budget: float) -> float:
@@ -120,12 +119,14 @@ def _equal(records: Records, costs: Costs, columns: tuple[Column, ...], toleranc
 
 
 def _joint(records: Records, costs: Costs, columns: tuple[Column, ...], tolerance: float) -> Ints:
-    plans = [policy(records, costs, columns, tolerance) for policy in (_geometric, _equal)]
-    if records.chance is not None and not records.predicted:
-        plans.append(_shrunk(records, costs, columns, tolerance))
+    if records.predicted:
+        plans = [boldest(columns, records.risk, records.risk, costs.segment, costs.head, tolerance)]
     else:
-        work = WORK * _SMOOTH if records.predicted else WORK
-        plans.append(search(columns, records.risk, costs.segment, costs.head, tolerance, plans, work))
+        plans = [policy(records, costs, columns, tolerance) for policy in (_geometric, _equal)]
+        if records.chance is None:
+            plans.append(search(columns, records.risk, costs.segment, costs.head, tolerance, plans, WORK))
+        else:
+            plans.append(boldest(columns, _shrunk(records), records.risk, costs.segment, costs.head, tolerance))
 
     def price(cuts: Ints) -> float:
         plan = _plan(columns, cuts)
@@ -138,11 +139,9 @@ def _joint(records: Records, costs: Costs, columns: tuple[Column, ...], toleranc
     return best
 
 
-def _shrunk(records: Records, costs: Costs, columns: tuple[Column, ...], tolerance: float) -> Ints:
-    """Of the plans that are best under the shrunk risk the boldest whose observed risk is within the tolerance."""
-    observed, predicted = records.risk, replace(records, predicted=True).risk
-    risk = (1 - _BELIEVED) * observed + _BELIEVED * predicted
-    return boldest(columns, risk, observed, costs.segment, costs.head, tolerance)
+def _shrunk(records: Records) -> NDArray[np.float64]:
+    """[rows, candidates] the observed risk, shrunk towards the predicted one."""
+    return (1 - _BELIEVED) * records.risk + _BELIEVED * replace(records, predicted=True).risk
 
 
 def _plan(columns: tuple[Column, ...], cuts: Ints) -> tuple[tuple[int, ...], tuple[float, ...]]:
