@@ -112,7 +112,7 @@ def compiled(task: Task, kind: str, seed: int, threads: int) -> tuple[Ready, Art
     out = WORK / f"speed-{task.name}-{kind}"
     by_time = out.with_name(f"{out.name}-time")
     finish(ready, heads, out, options, log)
-    finish(ready, heads, by_time, replace(options, cost=TIME, targets=(SEGMENTS,), batches=()), log)
+    finish(ready, heads, by_time, replace(options, cost=TIME, targets=(SEGMENTS,)), log)
     return ready, open_artifact(out), open_artifact(by_time)
 
 
