@@ -25,7 +25,8 @@ def test_the_cifar10_tables_are_those_the_benchmark_wrote() -> None:
 
 
 BLOCKS = {  # README block: the benchmark, and what it writes the block of its results with
-    "heads": ("heads", "table"), "search_cost": ("search_cost", "table"), "tuned": ("tuned", "table"),
+    "heads": ("heads", "table"), "aims": ("heads", "aims_table"),
+    "search_cost": ("search_cost", "table"), "tuned": ("tuned", "table"),
     "variants": ("variants", "table"), "ablation": ("ablation", "table"), "thresholds": ("thresholds", "table"),
     "equal_risk": ("thresholds", "equal_risk_table"), "whole_compile": ("whole_compile", "line"),
     "speed": ("speed", "tables"), "footprint": ("footprint", "line"), "precision": ("precision", "table"),
