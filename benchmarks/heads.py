@@ -6,8 +6,9 @@ For every task both kinds of heads are trained on the same rows with the same se
 on ten random splits of rows no head has learned from, at every tolerance. The oracle lets every row leave at the first
 exit that agrees, heads free. Where a search keeps some of the places only, what default heads would save at those
 stands beside. A second table tells what `joint` saves where it realises 1 % of disagreement on new rows, and where it
-costs one point of accuracy, between tolerances. Writes benchmarks/results/heads.json and the tables in the README; tasks that are
-not asked for keep their rows there.
+costs one point of accuracy, between tolerances.
+
+Writes benchmarks/results/heads.json and the tables in the README; tasks that are not asked for keep their rows there.
 """
 
 from __future__ import annotations
