@@ -48,6 +48,7 @@ RESULTS = Path(__file__).parent / "results" / "thresholds.json"
 TOLERANCES = (0.005, 0.01, 0.02, 0.03)
 SWEEP = (0.001, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05)
 DELTA = 0.05
+MOST = 0.03  # risk
 HEAD = (
     "task, policy, tolerance", "compute saved", "time saved, batch 1 / 32", "disagreement", "over tolerance",
     "accuracy, points",
@@ -136,18 +137,28 @@ def compared(name: str, splits: int) -> dict[str, Any]:
     return {"task": name, "rows": int(read(name).agrees.shape[0]), "splits": splits, "choices": rows}
 
 
+def curve(result: dict[str, Any], policy: str) -> np.ndarray:
+    """[tolerances, 3] risk realised, compute saved, tolerance: means over splits, by rising risk."""
+    rows = [c for c in result["choices"] if _plain(c, policy)]
+    return np.array(sorted((c["risk"]["mean"], c["saved"]["mean"], c["tolerance"]) for c in rows))
+
+
 def at_equal_risk(result: dict[str, Any]) -> list[dict[str, float]]:
     """What `joint` saves, by interpolation over its sweep, where it realises the risk that `geometric` realises."""
-    curves = {}
-    for policy in ("geometric", "joint"):
-        rows = [c for c in result["choices"] if _plain(c, policy)]
-        curves[policy] = sorted((c["risk"]["mean"], c["saved"]["mean"], c["tolerance"]) for c in rows)
-    risks, saved = np.array([(risk, won) for risk, won, _ in curves["joint"]]).T
+    risks, saved, _ = curve(result, "joint").T
     return [
         {"tolerance": tolerance, "risk": risk, "geometric": won, "joint": float(np.interp(risk, risks, saved))}
-        for risk, won, tolerance in sorted(curves["geometric"], key=lambda point: point[2])
+        for risk, won, tolerance in sorted(curve(result, "geometric").tolist(), key=lambda point: point[2])
         if tolerance in TOLERANCES and risks[0] <= risk <= risks[-1]
     ]
+
+
+def mean_over_risks(result: dict[str, Any]) -> tuple[float, float, float]:
+    """Means of what `geometric` and `joint` save over the risks both realise up to `MOST`, and the least of these."""
+    curves = [curve(result, policy) for policy in ("geometric", "joint")]
+    risks = np.linspace(max(c[0, 0] for c in curves), min(MOST, *(c[-1, 0] for c in curves)), 200)
+    geometric, joint = (float(np.interp(risks, c[:, 0], c[:, 1]).mean()) for c in curves)
+    return geometric, joint, float(risks[0])
 
 
 def _plain(choice: dict[str, Any], policy: str) -> bool:
@@ -187,6 +198,10 @@ def equal_risk_table(results: Sequence[dict[str, Any]]) -> str:
         for result in results
         for p in result["at_equal_risk"]
     ]
+    for result in results:
+        geometric, joint, least = mean_over_risks(result)
+        name = f"{result['task']}, mean over risks"
+        rows.append([name, f"{least * 100:.2f} to {percent(MOST, 2)}", percent(geometric), percent(joint)])
     return markdown(EQUAL_HEAD, rows)
 
 
