@@ -35,7 +35,7 @@ _RISK_UNITS = 2**20
 _EXACT = 2**52  # float64 integers stay exact below this
 _BISECTIONS = 12
 _SWEEPS = 12
-_LEFT = (1.0, 0.75, 0.5, 0.25)  # shares of the tolerance that is left, as the risk predicts them
+_ALLOWED = (1.0, 0.95, 0.85, 0.7, 0.5)  # shares of what should be allowed that are tried in turn
 WORK = 1.2e8  # (rows + overhead) x candidates that the pair moves may scan: a clock that repeats itself
 _OVERHEAD = 2000  # rows that a numpy call's fixed price is worth
 
@@ -145,8 +145,9 @@ def boldest(
 ) -> Ints:
     """Of the plans that are best for cost + λ·risk the boldest whose `observed` risk is within the tolerance.
 
-    `risk` and `observed` [rows, candidates] in [0, 1], the rest as for `search`. Such plans lie on the lower hull; what
-    of the tolerance is left between two of them is spent by cutting one exit after the other anew.
+    `risk` and `observed` [rows, candidates] in [0, 1], the rest as for `search`. Such plans lie on the lower hull, and
+    where heads are dear two neighbours there may be far apart: from both sides of the limit exits are cut anew, one
+    after the other, until what is allowed is spent.
     """
     told, seen = (_problem(columns, values, segment, head, tolerance) for values in (risk, observed))
     nothing, everything = _ends(told)
@@ -156,14 +157,20 @@ def boldest(
         sides, at = _bisect(told, start, low, high, steps, seen)
         plans += sides
         low, high = at - 1, at + 1
-    best = min((cuts for cuts in plans if _within(seen, cuts)), key=lambda cuts: _evaluate(seen, cuts)[0])
-    risk_now, risk_seen = _evaluate(told, best)[1], _evaluate(seen, best)[1]
-    for share in _LEFT if 0 < risk_seen < seen.limit else ():
-        more = 1 + share * (seen.limit / risk_seen - 1)
-        filled = _fill(replace(told, limit=float(np.floor(risk_now * more * _RISK_UNITS) / _RISK_UNITS)), best)
+    plans += [filled for cuts in plans if (filled := _spent(told, seen, cuts)) is not None]
+    return min((cuts for cuts in plans if _within(seen, cuts)), key=lambda cuts: _evaluate(seen, cuts)[0])
+
+
+def _spent(told: _Problem, seen: _Problem, cuts: Ints) -> Ints | None:
+    """The plan filled up, or brought down, to as much of the told risk as the seen one allows, as far as it tells."""
+    now, found = _evaluate(told, cuts)[1], _evaluate(seen, cuts)[1]
+    allowed = seen.limit * (now / found if now and found else 1.0)
+    for share in _ALLOWED:
+        limit = float(np.floor(share * allowed * _RISK_UNITS) / _RISK_UNITS)
+        filled = _fill(replace(told, limit=limit), cuts)
         if filled is not None and _within(seen, filled):
             return filled
-    return best
+    return None
 
 
 def _within(problem: _Problem, cuts: Ints) -> bool:
