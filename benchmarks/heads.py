@@ -57,8 +57,6 @@ HEAD = (
     "task, policy and tolerance", "default heads save", "at the searched places", "searched heads save", "oracle",
     "disagreement", "accuracy, points",
 )  # fmt: skip
-
-
 AIMS_HEAD = ("task", "at 1 % disagreement", "oracle", "at one point of accuracy")
 
 

@@ -1,6 +1,4 @@
-"""ONNX Runtime: found, asked for its providers, and given bytes to run.
-
-Imported on first use, so that `import offramp.runtime` costs nothing and works where it is missing.
+"""ONNX Runtime asked for its providers, and given bytes to run.
 
 CUDA: a provider that was not asked for by name and does not start is done without, with one warning. Convolution
 algorithms are chosen by cuDNN's heuristic: the default tries every one of them anew for every shape, and a batch that
@@ -90,7 +88,7 @@ class EngineSession:
             ) from error
         # A provider lost in mid-run would otherwise be replaced by the CPU with a message on stdout.
         self._session.disable_fallback()
-        self.name = name
+        self.name, self.threads = name, threads
         self.providers = list(self._session.get_providers())
         lost = [provider for provider in providers if provider not in self.providers]
         reason = reason or "a driver or library is missing"

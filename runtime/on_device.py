@@ -134,8 +134,9 @@ def _compaction(manifest: Manifest, stages: Sequence[Stage]) -> list[EngineSessi
     known = {spec.name: kind_of(spec) for spec in manifest.inputs}  # a model need not read all its stage is said to
     known |= {name: kind for stage in stages for name, kind in stage.session.kinds.items()}
     passed = [tuple(known[name] for name in (*stage.kept, *stage.passes_on)) for stage in stages[:-1]]
+    like = stages[0].session
     made = {
-        kinds: EngineSession(gather_model(kinds), "compaction", stages[0].session.providers, 1, strict=True)
+        kinds: EngineSession(gather_model(kinds), "compaction", like.providers, like.threads, strict=True)
         for kinds in dict.fromkeys(passed)
     }
     return [made[kinds] for kinds in passed]

@@ -97,7 +97,7 @@ def time_stages(
         calls.append(_Calls(session, {name: live[name] for name in spec.inputs}, spec.outputs, device))
         known = {**live, **calls[-1].passed()}
         live = {name: known[name] for name in spec.carries}
-        gather[len(calls) - 1] = _gathering(live, batch, device, session.providers)
+        gather[len(calls) - 1] = _gathering(live, batch, device, session)
     taken = np.empty((rounds, 2, len(calls), len(sizes)))
     for one in calls:
         one.warm(sizes)
@@ -109,11 +109,11 @@ def time_stages(
     return StageTimes(sizes, silent, np.maximum(silent, asked), gather)
 
 
-def _gathering(live: Mapping[str, np.ndarray], batch: int, device: str | None, providers: list[str]) -> float:
+def _gathering(live: Mapping[str, np.ndarray], batch: int, device: str | None, like: EngineSession) -> float:
     """Milliseconds per row of taking all rows of every value."""
     if not live:
         return 0.0
-    take = _taking(live, np.arange(batch), device, providers)
+    take = _taking(live, np.arange(batch), device, like)
     taken = []
     for _ in range(2 * ROUNDS):
         start = time.perf_counter()
@@ -123,13 +123,13 @@ def _gathering(live: Mapping[str, np.ndarray], batch: int, device: str | None, p
 
 
 def _taking(
-    live: Mapping[str, np.ndarray], rows: np.ndarray, device: str | None, providers: list[str]
+    live: Mapping[str, np.ndarray], rows: np.ndarray, device: str | None, like: EngineSession
 ) -> Callable[[], object]:
     """Compaction as the executor does it."""
     if device is None:
         return lambda: [value.take(rows, axis=0) for value in live.values()]
     kinds = [kind_of(TensorSpec(name, value.dtype.name, value.shape)) for name, value in live.items()]
-    session = EngineSession(gather_model(kinds), "compaction", providers, 1, strict=False)
+    session = EngineSession(gather_model(kinds), "compaction", like.providers, like.threads, strict=False)
     placed = {f"v{at}": upload(value, device) for at, value in enumerate(live.values())}
     wanted = {f"g{at}": device for at in range(len(live))}
     return lambda: session.run_bound(wanted, {ROWS: upload(rows, device), **placed})

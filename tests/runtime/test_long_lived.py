@@ -182,6 +182,27 @@ print(said(lambda: limit_memory(1 << 30)))
 """
 
 
+ON_DEVICE = """
+import sys
+import numpy as np
+from offramp.runtime import open_artifact, share_threads
+from offramp.runtime.engine import start_sessions
+from offramp.runtime.on_device import OnDevice
+
+share_threads(2)
+artifact = open_artifact(sys.argv[1])
+models = [(stage.file, artifact.model(stage.file)) for stage in artifact.manifest.stages]
+executor = OnDevice(artifact.manifest, start_sessions(models, ["CPUExecutionProvider"], 2, strict=True), "cpu")
+rows = {"x": np.ones((5, 6), np.float32), "side": np.ones((5, 3), np.float32)}
+print(sum(len(leaving.confidence) for leaving in executor.answer(rows, (0.55, 0.5))))
+"""
+
+
+def test_compaction_on_a_device_shares_the_pool_too(tiny: Tiny) -> None:
+    done = subprocess.run([sys.executable, "-c", ON_DEVICE, str(tiny.path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["5"]
+
+
 def test_memory_has_the_bound_that_the_application_sets(tiny: Tiny) -> None:
     done = subprocess.run([sys.executable, "-c", BOUNDED, str(tiny.path)], capture_output=True, text=True, check=True)
     none, beyond, within, again = done.stdout.splitlines()
