@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check --upgrade pip "setuptools<80" wheel
 	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[cpu,compile,dev]"
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[cpu,compile,serve,dev]"
 	touch $@
 
 demo: $(STAMP)
@@ -64,7 +64,7 @@ build/zoo-env/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ZOO)
 	$(ZOO)/bin/pip install -q --disable-pip-version-check --upgrade pip "setuptools<80" wheel
 	$(ZOO)/bin/pip install -q --disable-pip-version-check torch torchvision timm transformers
-	$(ZOO)/bin/pip install -q --disable-pip-version-check --no-build-isolation -e ".[cpu,compile,dev]"
+	$(ZOO)/bin/pip install -q --disable-pip-version-check --no-build-isolation -e ".[cpu,compile,serve,dev]"
 	touch $@
 
 zoo: build/zoo-env/.installed

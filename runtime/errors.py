@@ -36,6 +36,14 @@ class UsageError(OfframpError):
     """An argument names something that does not exist or contradicts another."""
 
 
+class UnknownModelError(UsageError):
+    """A request names a model that is not served here."""
+
+
+class BusyError(OfframpError):
+    """A server has no room for a request now, or is about to stop; nothing of it was taken."""
+
+
 class ModelError(OfframpError):
     """The model cannot be compiled: not exportable, weights that do not fit, unusable output."""
 

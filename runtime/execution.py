@@ -211,15 +211,18 @@ class SingleFile:
 
 def chain(manifest: Manifest, sessions: Sequence[EngineSession]) -> list[Stage]:
     """The stages in their order. Raises `ArtifactError` where a model and the manifest differ."""
-    known = {spec.name for spec in manifest.inputs}
-    stages = []
-    for spec, session in zip(manifest.stages, sessions, strict=True):
-        known = _check_stage(spec, session, known)
-        kept = [name for name in spec.outputs if name in spec.carries]
-        passes_on = [name for name in spec.carries if name not in kept]
-        reads = tuple(name for name in session.inputs if name != ASK)
-        stages.append(Stage(session, reads, ASK in session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on))
-    return stages
+    return [stage_of(manifest, index, session) for index, session in enumerate(sessions)]
+
+
+def stage_of(manifest: Manifest, index: int, session: EngineSession) -> Stage:
+    """One stage alone. Raises `ArtifactError` where its model and the manifest differ."""
+    spec = manifest.stages[index]
+    known = {*manifest.stages[index - 1].carries} if index else {value.name for value in manifest.inputs}
+    _check_stage(spec, session, known)
+    kept = [name for name in spec.outputs if name in spec.carries]
+    passes_on = [name for name in spec.carries if name not in kept]
+    reads = tuple(name for name in session.inputs if name != ASK)
+    return Stage(session, reads, ASK in session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on)
 
 
 def leaving_rows(
@@ -257,8 +260,8 @@ def carry(stage: Stage, live: Mapping[str, V], values: Sequence[V]) -> dict[str,
     return carried
 
 
-def _check_stage(spec: StageSpec, session: EngineSession, known: set[str]) -> set[str]:
-    """Check a stage against the manifest and the values known before it -> the values known after it."""
+def _check_stage(spec: StageSpec, session: EngineSession, known: set[str]) -> None:
+    """Check a stage against the manifest and the values known before it."""
     absent = {*spec.inputs} - known | {*spec.carries} - known - {*spec.outputs}
     if absent:
         raise ArtifactError(
@@ -270,4 +273,3 @@ def _check_stage(spec: StageSpec, session: EngineSession, known: set[str]) -> se
         raise ArtifactError(
             f"{session.name}: model and manifest differ on {sorted(unnamed)[0]!r}; compile the model again"
         )
-    return {*spec.carries}
