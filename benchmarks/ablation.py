@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.heads import WORK
-from benchmarks.recorded import BATCHES, Recorded, made_ready, observe
+from benchmarks.recorded import BATCHES, Recorded, observe
 from benchmarks.resplits import deal
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS
 from benchmarks.thresholds import time_saved
+from benchmarks.trained import WORK, made_ready
 from offramp.compiler import (
     Costs,
     Family,

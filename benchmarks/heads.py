@@ -28,14 +28,13 @@ import torch
 from benchmarks.resplits import Answers, judge_all
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS, Task
+from benchmarks.trained import WORK, made_ready, work_of
 from offramp.compiler import (
     Options,
-    RowSplits,
     Training,
     calibrate,
     costs,
     finish,
-    prepare,
     record,
     records,
     train,
@@ -47,7 +46,6 @@ from offramp.runtime.selection import oracle_cost
 from offramp.runtime.table import percent
 
 RESULTS = Path(__file__).parent / "results" / "heads.json"
-WORK = Path("build") / "benchmarks"
 TOLERANCES = (0.005, 0.01, 0.02)
 POLICIES = ("certified", "joint")
 SWEEP = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)  # under `joint`, for the second table
@@ -62,12 +60,10 @@ AIMS_HEAD = ("task", "at 1 % disagreement", "oracle", "at one point of accuracy"
 
 def answers(task: Task, options: Options, kind: str) -> tuple[Answers, dict[str, Any]]:
     """Compile with heads of one kind -> what they answer on the rows to score and to judge by, and what that took."""
-    work, out = WORK / f"heads-{task.name}-{kind}.work", WORK / f"heads-{task.name}-{kind}"
-    certify, test = np.array_split(task.judged, 2)  # for the artifact; the table's figures are of many such halvings
-    splits = RowSplits(options.seed, task.learn, task.validate, task.score, certify, test)
+    work, out = work_of(task.name, kind), WORK / f"heads-{task.name}-{kind}"
     fresh = not work.exists()
     started = time.perf_counter()
-    ready = prepare(task.model, task.rows, options=options, splits=splits, name=task.name, say=log)
+    ready = made_ready(task, options)  # its test rows are the artifact's; the table's figures are of many such halvings
     heads = train(ready, options, work, log)
     trained = time.perf_counter()
     manifest = finish(ready, heads, out, options, log)

@@ -20,19 +20,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.heads import WORK
-from benchmarks.recorded import made_ready
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS
-from offramp.compiler import PRECISIONS, Options, Training, finish, train
+from benchmarks.trained import heads_of, made_ready, options_of
+from offramp.compiler import PRECISIONS, finish
 from offramp.compiler.measure import Bench, machine, versions
-from offramp.compiler.search import Search
 from offramp.runtime.artifact import open_artifact
 from offramp.runtime.errors import ToleranceError
 from offramp.runtime.table import percent
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
-ROUNDS = 30
+KIND, ROUNDS = "searched", 30
 HEAD = (
     "task, precision", "size of the stages", "exits", "compute saved", "disagreement", "of it the precision's",
     "accuracy", "time saved, no exit, batch", "with exits, batch",
@@ -44,13 +42,10 @@ def measured(
 ) -> list[dict[str, Any]]:
     """One task's artifact at every precision."""
     task = TASKS[name](seed)
-    options = Options(  # under the tolerance that the search was made for, or it would be made again
-        training=replace(Training(), **task.training), search=replace(Search(engine="tpe"), **task.search), seed=seed,
-        threads=threads, max_candidates=task.max_candidates, batches=(), targets=("onnx-segments",),
-    )  # fmt: skip
+    options = options_of(task, KIND, seed=seed, threads=threads, batches=(), targets=("onnx-segments",))
     ready = made_ready(task, options)
     assert ready.plain is not None
-    heads = train(ready, options, WORK / f"heads-{name}-searched.work", log)
+    heads = heads_of(task, ready, options, KIND)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for precision in precisions:
@@ -58,7 +53,7 @@ def measured(
             told: dict[str, Any] = {"task": name, "precision": precision, "tolerance": tolerance, "threads": threads}
             rows.append(told)
             try:
-                asked = replace(options, precision=precision, tolerance=tolerance, policy=task.policy)
+                asked = replace(options, precision=precision, tolerance=tolerance)
                 manifest = finish(ready, heads, Path(folder) / precision, asked, log)
             except ToleranceError as error:
                 told["refused"] = str(error)

@@ -10,30 +10,23 @@ studied without weights, data or torch: `benchmarks.thresholds` and a test do.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.heads import WORK
-from benchmarks.tables import log
 from benchmarks.tasks import TASKS, Task
+from benchmarks.trained import KINDS, WORK, heads_of, made_ready, options_of
 from benchmarks.zoo.program import write
 from offramp.compiler import (
     Head,
-    Options,
     Ready,
-    RowSplits,
-    Training,
     calibrate,
     costs,
-    prepare,
     record,
-    train,
 )
-from offramp.compiler.search import Search
 from offramp.passes import METRICS, Backbone, ExitPlan, PlannedExit, build_program
 from offramp.runtime.artifact import open_artifact
 from offramp.runtime.selection import Costs, Records
@@ -76,13 +69,6 @@ def read(name: str) -> Recorded:
         StageTimes(sizes, kept["silent_ms"], kept["asked_ms"], kept["gather_ms"]),
         int(kept["threads"]),
     )
-
-
-def made_ready(task: Task, options: Options) -> Ready:
-    """The task's model and rows, its score rows choosing exits."""
-    certify, test = np.array_split(task.judged, 2)
-    splits = RowSplits(options.seed, task.learn, task.validate, task.score, certify, test)
-    return prepare(task.model, task.rows, options=options, splits=splits, name=task.name, say=log)
 
 
 def observe(task: Task, ready: Ready, heads: tuple[Head, ...], threads: int) -> Recorded:
@@ -141,21 +127,16 @@ def stage_times(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["resnet20", "resnet56", "sst2"])
-    parser.add_argument("--kind", choices=["searched", "default"], default="searched")
-    parser.add_argument("--epochs", type=int, default=Training.epochs)
+    parser.add_argument("--kind", choices=KINDS, default="searched")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    search = Search(engine="tpe") if args.kind == "searched" else Search()
     for name in args.tasks:
         task = TASKS[name](args.seed)
-        options = Options(
-            training=replace(Training(epochs=args.epochs), **task.training), search=replace(search, **task.search),
-            seed=args.seed, threads=args.threads, max_candidates=task.max_candidates,
-        )  # fmt: skip
+        options = options_of(task, args.kind, seed=args.seed, threads=args.threads)
         ready = made_ready(task, options)
-        heads = train(ready, options, WORK / f"heads-{name}-{args.kind}.work", log)
+        heads = heads_of(task, ready, options, args.kind)
         write_file(name, observe(task, ready, heads, args.threads))
 
 

@@ -46,16 +46,14 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, NullLocator
 
 from benchmarks.cifar10_resnet import backbone_of
-from benchmarks.heads import WORK
-from benchmarks.recorded import made_ready
 from benchmarks.speed_rivals import PROVIDERS, Answered, Batch, Variant, called, eager, earlyon, in_onnxruntime
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS, Task
-from offramp.compiler import ALL_TARGETS, Options, Ready, Training, capture, finish, train
+from benchmarks.trained import KINDS, WORK, heads_of, made_ready, options_of
+from offramp.compiler import ALL_TARGETS, Ready, Training, capture, finish
 from offramp.compiler.costs import TIME
 from offramp.compiler.emit import SCRIPT, SEGMENTS, backbone_model
 from offramp.compiler.measure import Bench, machine, versions
-from offramp.compiler.search import Search
 from offramp.compiler.stream import tensors
 from offramp.runtime import Answers, load, share_threads
 from offramp.runtime.artifact import Artifact, open_artifact
@@ -102,13 +100,9 @@ print((peak() - before) / 1024, before / 1024)
 
 def compiled(task: Task, kind: str, seed: int, threads: int) -> tuple[Ready, Artifact, Artifact]:
     """The task's artifact in all forms, and one chosen by time; heads trained before are taken up."""
-    search = replace(Search(engine="tpe"), **task.search) if kind == "searched" else Search()
-    options = Options(
-        training=replace(Training(), **task.training), search=search, seed=seed, threads=threads, policy=task.policy,
-        max_candidates=task.max_candidates, targets=ALL_TARGETS, rounds=1,
-    )  # fmt: skip
+    options = options_of(task, kind, seed=seed, threads=threads, targets=ALL_TARGETS, rounds=1)
     ready = made_ready(task, options)
-    heads = train(ready, options, WORK / f"heads-{task.name}-{kind}.work", log)
+    heads = heads_of(task, ready, options, kind)
     out = WORK / f"speed-{task.name}-{kind}"
     by_time = out.with_name(f"{out.name}-time")
     finish(ready, heads, out, options, log)
@@ -342,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["resnet20", "resnet56", "sst2", "resnet50"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
-    parser.add_argument("--kind", choices=["searched", "default"], default="searched")
+    parser.add_argument("--kind", choices=KINDS, default="searched")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--earlyon", type=Path, metavar="DIR", help="where earlyon is installed")
     parser.add_argument("--earlyon-epochs", type=int, default=Training.epochs)

@@ -13,25 +13,23 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.heads import WORK
-from benchmarks.recorded import made_ready
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS
-from offramp.compiler import Options, Training, finish, train
+from benchmarks.trained import heads_of, made_ready, options_of
+from offramp.compiler import finish
 from offramp.compiler.measure import Bench, machine, versions
-from offramp.compiler.search import Search
 from offramp.runtime.artifact import open_artifact
 from offramp.runtime.table import percent
 from offramp.runtime.tune import Objective, tune
 
 RESULTS = Path(__file__).parent / "results" / "tuned.json"
-ROUNDS = 30
+KIND, ROUNDS = "searched", 30
 HEAD = (
     "task, batch", "exits asked, before", "after", "plain, ms per row", "time saved, before", "after",
     "disagreement, before", "after",
@@ -41,13 +39,10 @@ HEAD = (
 def measured(name: str, batches: Sequence[int], threads: int, seed: int) -> list[dict[str, Any]]:
     """One task's artifact at every batch size."""
     task = TASKS[name](seed)
-    options = Options(
-        training=replace(Training(), **task.training), search=replace(Search(engine="tpe"), **task.search), seed=seed,
-        threads=threads, max_candidates=task.max_candidates, batches=(), targets=("onnx-segments",),
-    )  # fmt: skip
+    options = options_of(task, KIND, seed=seed, threads=threads, batches=(), targets=("onnx-segments",))
     ready = made_ready(task, options)
     assert ready.plain is not None
-    heads = train(ready, options, WORK / f"heads-{name}-searched.work", log)
+    heads = heads_of(task, ready, options, KIND)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / "compiled"

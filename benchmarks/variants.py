@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.recorded import made_ready
 from benchmarks.resplits import SPLITS, Answers, judge
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS, Task
+from benchmarks.trained import made_ready
 from offramp.compiler import Head, HeadConfig, Options, Ready, Training, calibrate, costs, default_heads
 from offramp.compiler.augment import find_augmentation, identity
 from offramp.compiler.distill import fresh_head
