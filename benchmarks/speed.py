@@ -10,6 +10,8 @@
     by time      segments of an artifact whose exits were chosen by `--cost time --cost-batch 1` instead
     ideal        the sum over stages of the stage's own time on the rows that reach it; answers nothing
     no exit      segments with infinite thresholds: no row leaves, and heads that need not be asked are not
+    none leaves  segments with thresholds above 1: every head is asked and no row leaves
+    heads alone  what the heads take of that: every stage asked for its answer, less the same stage not asked
     eager        the backbone in PyTorch
     earlyon      see `benchmarks.speed_rivals`; DIR is what `pip install --no-deps --target DIR earlyon==0.3.0` filled
     smaller      ResNet-20 in ONNX Runtime in place of ResNet-56
@@ -17,7 +19,8 @@
 Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exits chosen by FLOPs. All variants run in
 one process with the same number of threads; all ONNX Runtime sessions on one pool of them, as `share_threads` makes it,
 or with --own-pools each on its own, as without that call. In every round each answers the same batches of test rows,
-the order turned by one and every second time backwards; ratios are taken within a round. Every variant's disagreement
+the order turned by one and every second time backwards; ratios are taken within a round. The README shows some batches,
+the JSON file and the plot all. Every variant's disagreement
 with the backbone, change in accuracy and exits over all test rows stand beside its times. Peak memory is that of a
 fresh process which loads one form and answers batches of 32, above numpy, onnxruntime and the rows. Writes
 benchmarks/results/speed.json after each task, keeping tasks that are not asked for, the README's tables and
@@ -33,6 +36,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,18 +61,21 @@ from offramp.compiler.measure import Bench, machine, versions
 from offramp.compiler.stream import tensors
 from offramp.runtime import Answers, load, share_threads
 from offramp.runtime.artifact import Artifact, open_artifact
+from offramp.runtime.execution import ASK, CONFIDENCE, PROBABILITIES
 from offramp.runtime.table import percent
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "speed.svg"
 TITLES = {
     "plain": "plain", "segments": "segments", "by_time": "by time", "single_file": "single file",
-    "torchscript": "TorchScript", "ideal": "ideal", "no_exit": "no exit", "eager": "eager PyTorch",
-    "earlyon": "earlyon", "smaller": "smaller model",
+    "torchscript": "TorchScript", "ideal": "ideal", "no_exit": "no exit", "none_leaves": "none leaves",
+    "heads_alone": "heads alone", "eager": "eager PyTorch", "earlyon": "earlyon", "smaller": "smaller model",
 }  # fmt: skip
+SHOWN = (1, 8, 32, 128)  # batches
 RIVALLED = ("resnet20", "resnet56")  # by earlyon
 SMALLER = {"resnet56": "resnet20"}
 LARGEST = {"resnet50": 32}  # batch
+PANELS = 4  # in a row of the plot
 WARM = 2  # rounds that are not counted
 SECONDS = 0.05  # of the plain backbone in a round, or one call
 JUDGED = 32  # rows at a time where the batch does not matter
@@ -117,7 +124,7 @@ def ours(ready: Ready, artifact: Artifact, by_time: Artifact, threads: int) -> d
     quick = load(by_time.path, providers=PROVIDERS, threads=threads)
     whole = load(artifact.path, providers=PROVIDERS, threads=threads, executor="single-file")
     script = torch.jit.load(str(artifact.path / SCRIPT))  # type: ignore[no-untyped-call]
-    never = [math.inf] * (len(artifact.manifest.exits) - 1)
+    never, asked = ([limit] * (len(artifact.manifest.exits) - 1) for limit in (math.inf, 2.0))
     names = [spec.name for spec in artifact.manifest.inputs]
 
     def scripted(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +143,26 @@ def ours(ready: Ready, artifact: Artifact, by_time: Artifact, threads: int) -> d
         "torchscript": called(scripted, lambda given: (given[0].argmax(1), given[1])),
         "ideal": Variant(lambda work: sum(bench.stages_alone(work))),
         "no_exit": called(lambda batch: bench.session.run(batch, thresholds=never), read),
+        "none_leaves": called(lambda batch: bench.session.run(batch, thresholds=asked), read),
+        "heads_alone": Variant(lambda work: sum(heads_alone(bench, batch) for batch in work)),
     }
+
+
+def heads_alone(bench: Bench, batch: Batch) -> float:
+    """Seconds of all heads on all rows."""
+    seconds, live = 0.0, batch
+    for session, spec in zip(bench.stages[:-1], bench.specs, strict=False):
+        kept = [name for name in spec.outputs if name in spec.carries]
+        feed = {name: live[name] for name in session.inputs if name != ASK}
+        for ask, outputs in ((False, kept), (True, [*kept, PROBABILITIES, CONFIDENCE])):
+            if ASK in session.inputs:
+                feed[ASK] = np.array(ask)
+            start = time.perf_counter()
+            values = session.run(outputs, feed) if outputs else []
+            seconds += (time.perf_counter() - start) * (1 if ask else -1)
+        known = {**live, **dict(zip(kept, values, strict=False))}
+        live = {name: known[name] for name in spec.carries}
+    return seconds
 
 
 def answered(variant: Variant, ready: Ready, batch: int) -> Answered:
@@ -252,7 +278,8 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def title(result: Mapping[str, Any]) -> str:
     """What the tables call it."""
-    return f"{result['task']}, own pools" if result["own_pools"] else str(result["task"])
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    return f"{result['task']}, {threads}{' of its own per session' if result['own_pools'] else ''}"
 
 
 def time_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -260,14 +287,14 @@ def time_table(results: Sequence[Mapping[str, Any]]) -> str:
     others = [name for name in TITLES if name != "plain"]
     rows = []
     for result in results:
-        for one in result["batches"]:
-            cells = [f"{title(result)}, {one['batch']}", f"{one['variants']['plain']['ms']:.3f}"]
+        for one in (one for one in result["batches"] if one["batch"] in SHOWN):
+            cells = [f"{title(result)}, batch {one['batch']}", f"{one['variants']['plain']['ms']:.3f}"]
             for name in others:
                 seen = one["variants"].get(name)
                 low, high = seen["ratio_quartiles"] if seen else (0, 0)
                 cells.append(f"{seen['ratio']:.2f} ({low:.2f} to {high:.2f})" if seen else "")
             rows.append(cells)
-    return markdown(("task, batch", "plain, ms per row", *(TITLES[name] for name in others)), rows)
+    return markdown(("task", "plain, ms per row", *(TITLES[name] for name in others)), rows)
 
 
 def answer_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -300,33 +327,37 @@ def tables(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(results: Sequence[Mapping[str, Any]]) -> None:
-    """Ratio against batch size, one panel per task; bands are quartiles."""
+    """Ratio against batch size, one panel per task and number of threads; bands are quartiles."""
     matplotlib.rcParams["svg.hashsalt"] = "speed"  # the same figures, the same file
-    wide = 3.4 * len(results) + 1.6
+    columns = min(PANELS, len(results))
+    shape = math.ceil(len(results) / columns), columns
     figure, panels = plt.subplots(
-        1, len(results), figsize=(wide, 3.8), squeeze=False, sharey=True, layout="constrained"
+        *shape, figsize=(3.4 * columns + 1.6, 3.8 * shape[0]), squeeze=False, sharey=True, layout="constrained"
     )  # fmt: skip
-    lines: dict[str, Any] = {}
-    for axes, result in zip(panels[0], results, strict=True):
+    for axes in panels.flat[len(results) :]:
+        axes.set_visible(False)
+    shown = [item for item in TITLES.items() if item[0] not in ("plain", "heads_alone")]
+    colours, lines = plt.get_cmap("tab10"), dict[str, Any]()
+    for axes, result in zip(panels.flat, results, strict=False):
         axes.axhline(1, color="grey", linewidth=0.8)
-        for index, (name, title) in enumerate(list(TITLES.items())[1:]):
+        for index, (name, label) in enumerate(shown):
             points = [(o["batch"], o["variants"][name]) for o in result["batches"] if name in o["variants"]]
             if not points:
                 continue
             sizes, seen = [size for size, _ in points], [values for _, values in points]
             style = "--" if name == "ideal" else "-"
-            (lines[title],) = axes.plot(sizes, [v["ratio"] for v in seen], style, marker=".", color=f"C{index}")
+            (lines[label],) = axes.plot(sizes, [v["ratio"] for v in seen], style, marker=".", color=colours(index))
             axes.fill_between(
-                sizes, *zip(*(v["ratio_quartiles"] for v in seen), strict=True), color=f"C{index}", alpha=0.2
+                sizes, *zip(*(v["ratio_quartiles"] for v in seen), strict=True), color=colours(index), alpha=0.2
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks([one["batch"] for one in result["batches"]], [str(one["batch"]) for one in result["batches"]])
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_title(result["task"])
+        axes.set_title(title(result))
         axes.set_xlabel("batch")
-    panels[0, 0].set_ylabel("time, plain backbone in ONNX Runtime = 1")
+    figure.supylabel("time, plain backbone in ONNX Runtime = 1")
     figure.legend(lines.values(), lines.keys(), frameon=False, loc="outside right center")
     figure.savefig(FIGURE, metadata={"Date": None})
     plt.close(figure)
@@ -352,7 +383,7 @@ def main() -> None:
     for name in args.tasks:
         told = measured(name, args)
         results[title(told)] = told
-        ordered = sorted(results.values(), key=lambda r: (list(TASKS).index(r["task"]), r["own_pools"]))
+        ordered = sorted(results.values(), key=lambda r: (list(TASKS).index(r["task"]), r["own_pools"], r["threads"]))
         RESULTS.write_text(json.dumps({"command": "python -m benchmarks.speed", "results": ordered}, indent=1) + "\n")
         replace_block("speed", tables(ordered))
         plot([result for result in ordered if not result["own_pools"]] or ordered)
