@@ -294,7 +294,7 @@ class _Searcher:
         """What the checkpoint belongs to: everything the search is asked to do."""
         told = (
             asdict(self.search),
-            asdict(replace(self.training, augment=None)),
+            asdict(replace(self.training, augment=None, epochs=Training.epochs)),  # trials have epochs of their own
             self.seed,
             self.tolerance,
             sorted(FAMILIES),
