@@ -167,7 +167,7 @@ def listening(host: str, number: int) -> socket.socket:
         return socket.create_server(address, family=family, backlog=1024)
     except OSError as error:
         raise UsageError(
-            f"port {number} of {host} cannot be had ({error.strerror or error}); "
+            f"port {number} of {host} cannot be had ({os.strerror(error.errno) if error.errno else error}); "
             "stop what holds it or give another --port"
         ) from error
 

@@ -89,7 +89,9 @@ class Answers:
         """One of `_OUTPUTS`."""
         if name == "class":
             return np.asarray(self.probabilities.argmax(axis=1))
-        return {"probabilities": self.probabilities, "exit": self.exits, "confidence": self.confidence}[name]
+        if name == "exit":
+            return self.exits
+        return self.probabilities if name == "probabilities" else self.confidence
 
 
 class Infer:
