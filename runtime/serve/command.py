@@ -163,13 +163,20 @@ def _is_loopback(host: str) -> bool:
 def listening(host: str, number: int) -> socket.socket:
     """A socket that listens. Raises `UsageError` where the port cannot be had."""
     family, address = _addresses(host, number)[0]
+    # The protocol is named: asyncio sends small messages at once only where it sees that a socket is TCP.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server(address, family=family, backlog=1024)
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
     except OSError as error:
+        listener.close()
         raise UsageError(
-            f"port {number} of {host} cannot be had ({os.strerror(error.errno) if error.errno else error}); "
+            f"port {number} of {host} cannot be had ({error.strerror or error}); "
             "stop what holds it or give another --port"
         ) from error
+    return listener
 
 
 class Server(uvicorn.Server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import importlib.metadata
 import json
@@ -111,6 +112,27 @@ def test_a_host_that_is_none_is_named() -> None:
         command.settings_of(parsed("--host", "no.such.host.invalid"))
     with pytest.raises(UsageError, match=r"port 0 of 192\.0\.2\.1 cannot be had"):
         command.listening("192.0.2.1", 0)
+
+
+def test_small_messages_are_sent_at_once() -> None:
+    """Nagle's wait for an acknowledgement would hold every batch's answers back for 40 ms."""
+
+    async def no_delay() -> int:
+        found: asyncio.Queue[int] = asyncio.Queue()
+
+        async def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            sock = writer.get_extra_info("socket")
+            await found.put(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with command.listening("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(accepted, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                first = await asyncio.wait_for(found.get(), PATIENCE)
+                writer.close()
+        return first
+
+    assert asyncio.run(no_delay()) != 0
 
 
 def test_limits_reach_the_server() -> None:
