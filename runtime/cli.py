@@ -28,9 +28,13 @@ SUMMARIES = {
     "candidates": "list the places in a model that can carry an exit, and why others cannot",
     "compile": "model + unlabelled data + tolerance -> artifact",
     "demo": "train, compile and run a small network on real digits",
+    "serve": "answer over HTTP and WebSocket, each row when its exit speaks",
     "space": "print the search space of exit heads, to edit and pass back",
 }
-_ROAD = ("candidates", "space", "compile", "inspect", "run", "tune", "demo")
+# The extra that brings a command's dependencies, and what they are called; all others train.
+EXTRAS = {"serve": ("serve", "own")}
+_TRAINING = ("compile", "training")
+_ROAD = ("candidates", "space", "compile", "inspect", "run", "tune", "serve", "demo")
 
 _EPILOG = """\
 the road:
@@ -39,6 +43,7 @@ the road:
       --data images.npy --tolerance 0.01 -o resnet20.offramp    build them, 1 % disagreement allowed
   offramp inspect resnet20.offramp                              what did it save?
   offramp run resnet20.offramp --data images.npy -o answers.npz
+  offramp serve resnet20.offramp                                answer rows as they come
 
 `offramp COMMAND --help` explains each command.
 """
@@ -83,7 +88,8 @@ def _dispatch(argv: list[str]) -> int:
     elif name in plugins:
         command = _load(plugins[name])
     elif name in SUMMARIES:
-        raise UsageError(f"offramp {name} is not in this installation; run pip install 'offramp[compile]'")
+        extra, _ = EXTRAS.get(name, _TRAINING)
+        raise UsageError(f"offramp {name} is not in this installation; run pip install 'offramp[{extra}]'")
     else:
         known = ", ".join(_names(plugins.keys()))
         raise UsageError(f"no command {name!r}; choose from {known}, or see offramp --help")
@@ -106,8 +112,9 @@ def _load(entry: importlib.metadata.EntryPoint) -> Command:
         loaded = entry.load()
     except ImportError as error:
         missing = f"missing: {error.name}" if error.name else str(error)
+        extra, kind = EXTRAS.get(entry.name, _TRAINING)
         raise UsageError(
-            f"offramp {entry.name} needs its training dependencies: pip install 'offramp[compile]' ({missing})"
+            f"offramp {entry.name} needs its {kind} dependencies: pip install 'offramp[{extra}]' ({missing})"
         ) from error
     return Command(loaded.summary, loaded.configure, loaded.run)
 

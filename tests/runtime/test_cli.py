@@ -150,7 +150,8 @@ def test_the_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fly"]) == 2
-    assert "no command 'fly'; choose from candidates, space, compile, inspect, run, tune, demo" in error_line(capsys)
+    known = "candidates, space, compile, inspect, run, tune, serve, demo"
+    assert f"no command 'fly'; choose from {known}" in error_line(capsys)
 
 
 def plug_in(monkeypatch: pytest.MonkeyPatch, load: Any) -> None:

@@ -1,0 +1,315 @@
+"""`offramp serve`: artifacts on a port, until a signal stops it.
+
+SIGTERM and SIGINT: no new connection is taken, what was accepted is answered, and the exit status is 0. SIGHUP reads
+every model's path again; a model that cannot be read stays as it was, and stderr says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+from ..commands import Command, positive
+from ..errors import OfframpError, UsageError
+from .app import app
+from .guard import guarded
+from .limits import Settings
+from .metrics import Metrics
+from .work import Engine, Host, Recorder
+
+PATIENCE = 30.0  # seconds for what was accepted, once the server is told to stop
+_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, as in 500MiB or 2GiB."""
+    found = _SIZE.fullmatch(text.strip())
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or float(found[1]) * unit < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 500MiB or 2GiB")
+    return int(float(found[1]) * unit)
+
+
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+
+
+def seconds(text: str) -> float:
+    """An argparse type: a number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e9:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def port(text: str) -> int:
+    """An argparse type: a port, 0 for any that is free."""
+    if text.isascii() and text.isdigit() and int(text) < 1 << 16:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port; give a number from 0 to 65535")
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve artifacts over HTTP and WebSocket: each row is answered when its exit speaks."
+    parser.epilog = "A page at / shows the server at work. SIGHUP reads all models again; SIGTERM answers, then stops."
+    add = parser.add_argument
+    add("artifacts", nargs="+", metavar="[NAME=]ARTIFACT", help="directory or zip; the name is its file's by default")
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    add("--port", type=port, default=8000, metavar="N", help="0 takes a free one (default 8000)")
+    add("--memory-budget", type=size, metavar="SIZE", help="for all models together, like 2GiB (default: no limit)")
+    add("--policy", choices=["lru", "lfu", "cost"], default="lru", help="which segments leave memory first")
+    add("--threads", type=positive, default=1, metavar="N", help="threads per stage (default 1)")
+    add("--workers", type=positive, metavar="N", help="stages that run at the same time (default: cores / threads)")
+    add("--providers", metavar="P,...", help="ONNX Runtime providers in order (default: CUDA if there, CPU)")
+    add("--max-batch", type=positive, default=32, metavar="N", help="rows of one call of a stage (default 32)")
+    add("--queue-rows", type=positive, default=4096, metavar="N", help="rows of a model that may wait (default 4096)")
+    add(
+        "--latency-budget-ms", type=seconds, default=2.0, metavar="MS",
+        help="a row waits at most so long for others to fill a batch (default 2)",
+    )  # fmt: skip
+    add("--token-file", type=Path, metavar="F", help="file with the token that clients must send")
+    add("--insecure", action="store_true", help="listen beyond this machine without a token")
+    add("--record", type=Path, metavar="DIR", help="keep a sample of rows, with the backbone's own answer, in a store")
+    add("--record-rate", type=share, default=0.01, metavar="R", help="share of rows that are watched (default 0.01)")
+    add("--record-limit", type=size, default=1 << 30, metavar="SIZE", help="of the store (default 1GiB)")
+    add("--seed", type=int, default=0, metavar="N", help="which rows are watched (default 0)")
+    add("--max-message", type=size, default=16 << 20, metavar="SIZE", help="of one request (default 16MiB)")
+    add("--max-rows", type=positive, default=4096, metavar="N", help="of one request (default 4096)")
+    add("--max-connections", type=positive, default=256, metavar="N", help="at the same time (default 256)")
+    add("--idle-seconds", type=seconds, default=60.0, metavar="S", help="until a silent socket is closed (default 60)")
+
+
+def named(words: list[str]) -> dict[str, Path]:
+    """`NAME=PATH` or `PATH` -> paths by name. Raises `UsageError` for a name twice, or one that is no name."""
+    paths: dict[str, Path] = {}
+    for word in words:
+        before, equals, after = word.partition("=")
+        split = bool(equals) and _NAME.fullmatch(before) is not None
+        path = Path(after if split else word)
+        name = before if split else path.stem or path.resolve().stem
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"{word}: {name!r} is not a name for a model; write NAME={word} with letters and digits")
+        if name in paths:
+            raise UsageError(f"{word}: the name {name!r} is taken by {paths[name]}; write NAME={word}")
+        paths[name] = path
+    return paths
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Limits, and who may ask. Raises `UsageError`: a token file that is not one, a network without a token."""
+    token = _token(args.token_file) if args.token_file is not None else None
+    local = _is_loopback(args.host)
+    if not local and token is None and not args.insecure:
+        raise UsageError(
+            f"{args.host} can be reached from other machines; give --token-file, or --insecure to let anybody ask"
+        )
+    hosts = frozenset({"localhost", "127.0.0.1", "::1", args.host.lower()}) if local and token is None else None
+    return Settings(
+        token=token,
+        hosts=hosts,
+        max_message=args.max_message,
+        max_rows=args.max_rows,
+        max_connections=args.max_connections,
+        idle_seconds=args.idle_seconds,
+    )
+
+
+def _token(path: Path) -> str:
+    try:
+        token = path.read_text("ascii").strip()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not plain text"
+        raise UsageError(f"{path}: cannot be read as a token ({reason}); give a file with one line") from error
+    if not token or any(not "!" <= character <= "~" for character in token):
+        raise UsageError(f"{path}: holds no token; write one line without spaces into it")
+    return token
+
+
+def _addresses(host: str, number: int) -> list[tuple[int, Any]]:
+    try:
+        found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(
+            f"--host {host!r} is not an address of this machine ({error}); give one like 127.0.0.1"
+        ) from error
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _is_loopback(host: str) -> bool:
+    return all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in _addresses(host, 0))
+
+
+def listening(host: str, number: int) -> socket.socket:
+    """A socket that listens. Raises `UsageError` where the port cannot be had."""
+    family, address = _addresses(host, number)[0]
+    # The protocol is named: asyncio sends small messages at once only where it sees that a socket is TCP.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"port {number} of {host} cannot be had ({error.strerror or error}); "
+            "stop what holds it or give another --port"
+        ) from error
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which says when it serves, and answers what was accepted before it closes connections."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, web: Starlette, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._engine, self._web, self._ready = engine, web, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Raises as uvicorn's."""
+        await super().startup(sockets)
+        self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse, answer, send, close, in this order."""
+        self._web.state.infer.closing = True
+        for server in self.servers:
+            server.close()
+        await asyncio.to_thread(self._engine.close, PATIENCE)
+        # What the engine delivered until now lies in the outboxes, or waits in the loop before this.
+        await self._web.state.streams.drained()
+        await super().shutdown(sockets)
+
+
+def server(
+    engine: Engine, host: Host, observer: Metrics, settings: Settings, ready: Callable[[], None] = lambda: None
+) -> Server:
+    """The server, to be given its listening sockets with `run`; `should_exit` stops it from any thread."""
+    web = app(engine, host, observer, settings)
+    config = uvicorn.Config(
+        web,
+        http=guarded(settings),
+        ws_max_size=settings.max_message,
+        ws_per_message_deflate=False,  # a small message must not become a large one
+        limit_concurrency=2 * settings.max_connections + 16,  # sockets, idle ones too; the door counts who is inside
+        timeout_graceful_shutdown=math.ceil(settings.send_seconds) + 1,
+        access_log=False,
+        log_level="error",
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+    )
+    return Server(config, engine, web, ready)
+
+
+@contextlib.contextmanager
+def _signals(host: Host) -> Iterator[None]:
+    """uvicorn handles what stops it, then raises it once more for the handlers before it: those do nothing here."""
+    handlers: dict[signal.Signals, Any] = {signal.SIGTERM: lambda *_: None, signal.SIGINT: lambda *_: None}
+    if hasattr(signal, "SIGHUP"):
+        swapping = threading.Lock()
+        handlers[signal.SIGHUP] = lambda *_: threading.Thread(
+            target=swap_all, args=(host, swapping), daemon=True
+        ).start()
+    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def swap_all(host: Host, swapping: threading.Lock) -> None:
+    """Read every model again, one signal after the other; what cannot be read stays as it was."""
+    with swapping:
+        for name in host.names():
+            try:
+                host.swap(name)
+            except OfframpError as error:
+                sys.stderr.write(f"offramp: {name} stays as it was: {' '.join(str(error).split())}\n")
+
+
+def _build(args: argparse.Namespace, paths: dict[str, Path], observer: Metrics, stack: contextlib.ExitStack) -> Any:
+    """-> engine and host; the stack closes what they need, in the right order."""
+    from .engine import BatchingEngine
+    from .host import ModelHost
+    from .recording import Recording
+
+    providers = args.providers.split(",") if args.providers else None
+    host = ModelHost(
+        paths,
+        budget=args.memory_budget,
+        policy=args.policy,
+        threads=args.threads,
+        providers=providers,
+        observer=observer,
+    )
+    stack.callback(host.close)
+    recorder: Recorder | None = None
+    if args.record is not None:
+        recording = Recording(args.record, rate=args.record_rate, seed=args.seed, limit=args.record_limit)
+        stack.callback(recording.close)
+        recorder = recording
+    engine = BatchingEngine(
+        host,
+        workers=args.workers or max(1, _cores() // args.threads),
+        max_batch=args.max_batch,
+        queue_rows=args.queue_rows,
+        latency_budget=args.latency_budget_ms / 1e3,
+        observer=observer,
+        recorder=recorder,
+    )
+    stack.callback(engine.close, 0.0)
+    return engine, host
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    settings, paths = settings_of(args), named(args.artifacts)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(listening(args.host, args.port))
+        observer = Metrics()
+        engine, host = _build(args, paths, observer, stack)
+        number = listener.getsockname()[1]
+        with _signals(host):
+            server(engine, host, observer, settings, lambda: _greet(args.host, number, paths, settings)).run([listener])
+    return 0
+
+
+def _greet(host: str, number: int, paths: dict[str, Path], settings: Settings) -> None:
+    """Say what is served and where, once it is."""
+    width = max(map(len, paths))
+    place = f"[{host}]" if ":" in host else host
+    lines = [f"  {name:<{width}}  {path}" for name, path in paths.items()]
+    asks = "with the token" if settings.token is not None else "to anybody who reaches it"
+    lines += [f"answers {asks}; page at /, metrics at /metrics, models at /v1/models"]
+    sys.stdout.write("\n".join([*lines, f"serving at http://{place}:{number}", ""]))
+    sys.stdout.flush()
+
+
+serve = Command("serve artifacts: every row is answered when its exit speaks", _configure, _run)

@@ -1,0 +1,60 @@
+"""Sockets watched below HTTP: what uvicorn itself would leave open for as long as the other side likes.
+
+Closed: a connection that sends no whole request within `idle_seconds`, be it the first or a later one; one whose
+reader takes nothing of what was written for it in `send_seconds`, while a response waits for that or while the
+connection is being closed. The last holds for WebSockets too, which begin as HTTP; a WebSocket whose messages wait is
+`stream`'s to close.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from .limits import Settings
+
+
+def guarded(settings: Settings) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP protocol with these limits, for `uvicorn.Config(http=...)`."""
+
+    class Guarded(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._seen: RequestResponseCycle | None = None
+            self._since = self.loop.time()
+            self._pauses = 0
+            self._last = (0, 0)  # bytes not sent yet, and pauses so far, at the last look
+            self._look_later()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._pauses += 1
+
+        def _look_later(self) -> None:
+            self.loop.call_later(min(settings.send_seconds, settings.idle_seconds), self._look)
+
+        def _look(self) -> None:
+            closing, size = self.transport.is_closing(), self.transport.get_write_buffer_size()
+            if closing and not size:
+                return  # it is gone
+            if self._stuck(size) or (not closing and self._idle()):
+                self.transport.abort()
+            else:
+                self._look_later()
+
+        def _stuck(self, size: int) -> bool:
+            """Nothing is added to what was written, and nothing taken of it."""
+            before, pauses = self._last
+            self._last = (size, self._pauses)
+            waits = self.transport.is_closing() or self.flow.write_paused
+            return waits and pauses == self._pauses and 0 < before <= size
+
+        def _idle(self) -> bool:
+            """No request under way, and none for so long."""
+            busy = self.cycle is not None and not self.cycle.response_complete
+            if busy or self.cycle is not self._seen or self.transport.get_protocol() is not self:
+                self._seen, self._since = self.cycle, self.loop.time()
+            return self.loop.time() - self._since >= settings.idle_seconds
+
+    return Guarded
