@@ -102,10 +102,11 @@ def compared(task: Task, training: Training, search: Search, seed: int, threads:
         training=training, seed=seed, threads=threads, max_candidates=task.max_candidates, policy=task.policy
     )  # fmt: skip
     given = {}
-    for kind, chosen in (("searched", search), ("default", Search())):
+    for kind in task.kinds:
+        chosen = search if kind == "searched" else Search()
         given[kind], result["kinds"][kind] = answers(task, replace(options, search=chosen), kind)
     places = {head["place"] for head in result["kinds"]["searched"]["heads"]}
-    default = result["kinds"]["default"]["heads"]
+    default = result["kinds"]["default"]["heads"] if "default" in task.kinds else ()
     if len(places) < len(default):
         given[THERE] = given["default"].at([i for i, head in enumerate(default) if head["place"] in places])
     for kind, policy, tolerance in itertools.product(given, POLICIES, TOLERANCES):
@@ -121,9 +122,14 @@ def compared(task: Task, training: Training, search: Search, seed: int, threads:
             judge_all([given[kind]], replace(options, tolerance=tolerance, policy="joint"), len(task.score))
             for tolerance in SWEEP
         ]
-        for kind in ("default", "searched")
+        for kind in _kinds(result)
     }
     return result
+
+
+def _kinds(result: Mapping[str, Any]) -> list[str]:
+    """Of heads that were trained, in the order of the tables."""
+    return [kind for kind in ("default", "searched") if kind in result["kinds"]]
 
 
 def saved_at(sweep: Sequence[Mapping[str, Any]], what: str) -> float | None:
@@ -146,12 +152,12 @@ def aims_table(results: Sequence[Mapping[str, Any]]) -> str:
         kinds = result["kinds"]
         cells = {}
         for what in AIMS:
-            found = [saved_at(result["sweep"][kind], what) for kind in ("default", "searched")]
-            most = [percent(result["sweep"][kind][-1]["saved"]["mean"]) for kind in ("default", "searched")]
+            found = [saved_at(result["sweep"][kind], what) for kind in _kinds(result)]
+            most = [percent(result["sweep"][kind][-1]["saved"]["mean"]) for kind in _kinds(result)]
             cells[what] = " / ".join(
                 f"more than {m}" if f is None else percent(f) for f, m in zip(found, most, strict=True)
             )
-        oracle = " / ".join(percent(kinds[kind]["oracle_saved"]) for kind in ("default", "searched"))
+        oracle = " / ".join(percent(kinds[kind]["oracle_saved"]) for kind in _kinds(result))
         rows.append([result["task"], cells["disagreement"], oracle, cells["accuracy_change"]])
     return markdown(AIMS_HEAD, rows)
 
@@ -163,17 +169,19 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         found = {(s["kind"], s["policy"], s["tolerance"]): s for s in result["splits"]}
         for policy in POLICIES:
             for tolerance in TOLERANCES:
-                pair = [found[kind, policy, tolerance] for kind in ("default", "searched")]
+                pair = [found[kind, policy, tolerance] for kind in _kinds(result)]
                 name = f"{result['task']}, {policy} {percent(tolerance)}"
                 if any("refused" in s for s in pair):
                     rows.append([name, *["too few rows"] * 3, "", "", ""])
                     continue
-                there = found.get((THERE, policy, tolerance), pair[0])  # the same where all places are kept
+                # Default heads there are default heads where all places are kept.
+                there = found.get((THERE, policy, tolerance), pair[0] if len(pair) > 1 else None)
+                saved = (pair[0] if len(pair) > 1 else None, there, pair[-1])
                 rows.append(
                     [
                         name,
-                        *(_spread(s["saved"], 1) + " %" for s in (pair[0], there, pair[1])),
-                        " / ".join(percent(result["kinds"][kind]["oracle_saved"]) for kind in ("default", "searched")),
+                        *("" if s is None else _spread(s["saved"], 1) + " %" for s in saved),
+                        " / ".join(percent(result["kinds"][kind]["oracle_saved"]) for kind in _kinds(result)),
                         " / ".join(_spread(s["disagreement"], 2) for s in pair) + " %",
                         " / ".join(_spread(s["accuracy_change"], 2) for s in pair),
                     ]

@@ -1,6 +1,7 @@
 """Trained classifiers and real rows to compile them with, and which rows may touch what.
 
     resnet20, resnet56   CIFAR-10; heads learn from and are stopped on the half that defaults were picked on
+    resnet56_long        the same, searched heads trained for twice the default epochs
     resnet50             ImageNet weights on ten classes; heads learn from images most of which the backbone was
                          trained on
     sst2                 a six-layer BERT on SST-2's sentences; heads learn from the training set, which the backbone
@@ -14,7 +15,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import nn
 from benchmarks.cifar import data_dir, load_images, resnet20, resnet56, untouched_rows
 from benchmarks.imagenet import ResNet50
 from benchmarks.imagenet import load_images as load_traffic
-from offramp.compiler import Options, load_weights
+from offramp.compiler import Options, Training, load_weights
 from offramp.runtime.data import ArrayRows
 
 TOKENS = 64  # sentences are cut and padded to as many
@@ -46,16 +47,24 @@ class Task:
     search: Mapping[str, Any] = field(default_factory=dict)
     max_candidates: int = Options.max_candidates
     policy: str = Options.policy  # of the artifact
+    kinds: tuple[str, ...] = ("searched", "default")  # of heads that are trained for it
 
 
-def cifar(name: str, build: Callable[[], nn.Module], seed: int, **training: Any) -> Task:
+def cifar(name: str, build: Callable[[], nn.Module], seed: int) -> Task:
     """A CIFAR-10 ResNet of He et al."""
     images, labels = load_images()
     known, fresh = (np.random.default_rng([seed, part]).permutation(rows) for part, rows in enumerate(untouched_rows()))
     model = build()
     load_weights(model, data_dir() / "cifar10" / f"{name}.safetensors")
     rows = ArrayRows({"x": images}, labels)
-    return Task(name, model, rows, labels, known[:4500], known[4500:], fresh[:1500], fresh[1500:], training)
+    return Task(name, model, rows, labels, known[:4500], known[4500:], fresh[:1500], fresh[1500:])
+
+
+def resnet56_long(seed: int) -> Task:
+    """What the searched heads of ResNet-56 gain from more epochs."""
+    task = cifar("resnet56", resnet56, seed)
+    training = {"epochs": 2 * Training.epochs}
+    return replace(task, name="resnet56_long", training=training, kinds=("searched",))
 
 
 class Sentiment(nn.Module):
@@ -126,7 +135,8 @@ def imagenet(seed: int) -> Task:
 
 TASKS: dict[str, Callable[[int], Task]] = {
     "resnet20": lambda seed: cifar("resnet20", resnet20, seed),
-    "resnet56": lambda seed: cifar("resnet56", resnet56, seed, epochs=60),  # twice the default: heads still gain
+    "resnet56": lambda seed: cifar("resnet56", resnet56, seed),
+    "resnet56_long": resnet56_long,
     "resnet50": imagenet,
     "sst2": sst2,
 }
