@@ -73,11 +73,19 @@ class Clock:
             return len(self._heap)
 
     def _run(self) -> None:
-        while (call := self._next()) is not None:
-            try:
-                call()
-            except Exception:  # noqa: BLE001  # the calls of others are still to come
-                _log.exception("a call at its time failed")
+        while self._call():
+            pass
+
+    def _call(self) -> bool:
+        """Wait for a call to be due and make it; False: closed. While it waits it holds on to no call that was."""
+        call = self._next()
+        if call is None:
+            return False
+        try:
+            call()
+        except Exception:  # noqa: BLE001  # the calls of others are still to come
+            _log.exception("a call at its time failed")
+        return True
 
     def _next(self) -> Callable[[], None] | None:
         with self._changed:

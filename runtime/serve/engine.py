@@ -171,15 +171,23 @@ class BatchingEngine:
 
     def _serve(self) -> None:
         """A worker's life."""
-        while (claim := self._next()) is not None:
-            try:
-                self._step(claim)
-            except Exception:  # noqa: BLE001  # a worker lost would slow down everybody for good
-                _log.exception("a worker failed at stage %d of %s", claim.queue.place.stage, claim.queue.lane.model)
-            finally:
-                with self._state():
-                    self._queues.done(claim)
-                    self._ledger.finish(claim.first)
+        while self._serve_one():
+            pass
+
+    def _serve_one(self) -> bool:
+        """Wait for a batch and run it; False: the engine stops. An idle worker's frame holds on to no request."""
+        claim = self._next()
+        if claim is None:
+            return False
+        try:
+            self._step(claim)
+        except Exception:  # noqa: BLE001  # a worker lost would slow down everybody for good
+            _log.exception("a worker failed at stage %d of %s", claim.queue.place.stage, claim.queue.lane.model)
+        finally:
+            with self._state():
+                self._queues.done(claim)
+                self._ledger.finish(claim.first)
+        return True
 
     def _next(self) -> Claim | None:
         """Wait for rows that can run; None: the engine stops."""

@@ -6,6 +6,7 @@ a full background would drop rows that left early, and none of those that reache
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,8 @@ import numpy as np
 
 from .requests import Request
 from .work import Observer, Recorder, Sample
+
+_log = logging.getLogger(__name__)
 
 
 class Watching:
@@ -26,10 +29,16 @@ class Watching:
         self.free = bound
 
     def chosen(self, model: str, rows: int) -> np.ndarray:
-        """[rows] bool: those the recorder would like to see."""
+        """[rows] bool: those the recorder would like to see; none where it fails."""
+        nobody = np.zeros(rows, bool)
         if self._recorder is None or not rows:
-            return np.zeros(rows, bool)
-        return np.array(self._recorder.chosen(model, rows), bool)
+            return nobody
+        try:
+            chosen: np.ndarray = nobody | self._recorder.chosen(model, rows)
+            return chosen
+        except Exception:  # noqa: BLE001  # logged; a request is not refused for the record's sake
+            _log.exception("the recorder failed to choose rows")
+            return nobody
 
     def reserve(self, chosen: np.ndarray) -> np.ndarray:
         """[rows] bool: the chosen ones that find a place; the first come first."""

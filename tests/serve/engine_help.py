@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
-from tiny import Tiny
+from tiny import THRESHOLDS, Tiny, batch, reference
 
 from offramp.runtime.engine import CPU, EngineSession
 from offramp.runtime.errors import OfframpError, UnknownModelError
@@ -17,6 +17,16 @@ from offramp.runtime.manifest import Manifest
 from offramp.runtime.serve.work import Leaving, Sample, SegmentState
 
 PATIENCE = 30.0  # seconds; what takes longer never comes
+
+
+def rows_of(rows: dict[str, np.ndarray], which: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: value[which] for name, value in rows.items()}
+
+
+def rows_at(exit: int, count: int, thresholds: tuple[float, ...] = THRESHOLDS) -> dict[str, np.ndarray]:
+    """Rows that leave at one exit."""
+    many = batch(2000, seed=3)
+    return rows_of(many, np.flatnonzero(reference(many, thresholds)[1] == exit)[:count])
 
 
 class Watched:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from engine_help import PATIENCE, FakeHost, Journal, Receiver
+from engine_help import PATIENCE, FakeHost, FakeHosted, Journal, Receiver, rows_at, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import INF, THRESHOLDS, Tiny, batch, reference, reference_all, write_tiny
+from tiny import INF, Tiny, batch, reference, reference_all, write_tiny
 
-from offramp.runtime import InputError, Session, UsageError, load
+from offramp.runtime import InputError, Session, TensorSpec, UsageError, load
+from offramp.runtime.engine import EngineSession
 from offramp.runtime.errors import BusyError, UnknownModelError
+from offramp.runtime.execution import stage_of
+from offramp.runtime.manifest import Plan, StageSpec
 from offramp.runtime.serve.engine import BatchingEngine
+from offramp.runtime.serve.joined import run_joined
 from offramp.runtime.serve.work import Asked
 
 PLAIN = Asked()
@@ -58,16 +63,6 @@ def start(host: FakeHost, journal: Journal) -> Iterator[Start]:
     for engine in engines:
         engine.close(PATIENCE)
     host.at_rest()
-
-
-def rows_of(rows: dict[str, np.ndarray], which: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: value[which] for name, value in rows.items()}
-
-
-def rows_at(exit: int, count: int, thresholds: tuple[float, ...] = THRESHOLDS) -> dict[str, np.ndarray]:
-    """Rows that leave at one exit."""
-    many = batch(2000, seed=3)
-    return rows_of(many, np.flatnonzero(reference(many, thresholds)[1] == exit)[:count])
 
 
 def hold_up(engine: BatchingEngine, host: FakeHost, model: str = "a") -> Receiver:
@@ -320,6 +315,68 @@ def test_two_versions_of_a_model_do_not_share_batches(start: Start, host: FakeHo
     engine.close(PATIENCE)
     assert replaced.holders == 0
     assert host.models["b"].holders == 0
+
+
+def test_survivors_keep_nothing_of_the_batch_they_came_from(tiny: Tiny) -> None:
+    host, data = FakeHost(tiny), rows_at(2, 4)
+    data = {name: np.concatenate([value, rows_at(0, 4)[name]]) for name, value in data.items()}
+    engine = BatchingEngine(host, workers=1)
+    chunks = [
+        engine._read("a", host.hold("a"), rows_of(data, np.arange(start, 8, 2)), PLAIN, Receiver(4))[1]
+        for start in (0, 1)
+    ]
+    outcomes = run_joined(host.models["a"].stages[0], 0, False, chunks, lambda rows, seconds: None)
+    engine.close(PATIENCE)
+    for outcome in outcomes:
+        assert outcome.leaves.tolist() == [False, False, True, True]
+        assert outcome.onward is not None
+        assert outcome.onward.rows.tolist() == [0, 1]
+        assert {name: len(value) for name, value in outcome.onward.values.items()} == {"h0": 2, "skip": 2, "side": 2}
+        assert all(value.base is None for value in outcome.onward.values.values())
+
+
+class Lengths:
+    """A stage on texts, by hand: class 0 or 1 by whether the sum of the row is odd."""
+
+    name, inputs, outputs = "lengths", ("ids",), ("probabilities", "confidence")
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def run(self, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        self.shapes.append(feed["ids"].shape)
+        odd = feed["ids"].sum(axis=1) % 2
+        shares = np.stack([1 - odd, odd, *[0 * odd] * 3], axis=1).astype(np.float32)
+        return [shares, shares.max(axis=1)]
+
+
+def test_one_stage_alone_and_texts_of_different_lengths(tiny: Tiny) -> None:
+    stages = (StageSpec("stages/0.onnx", ("ids",), (), ()),)
+    manifest = replace(
+        tiny.manifest,
+        inputs=(TensorSpec("ids", "int64", ("batch", "length")),),
+        stages=stages,
+        exits=tiny.manifest.exits[-1:],
+        plans=(Plan(0.0, "joint", (), None),),
+    )
+    host, lengths = FakeHost(tiny), Lengths()
+    stage = stage_of(manifest, 0, cast("EngineSession", lengths))
+    host.models["t"] = FakeHosted(host, "t", manifest, [stage], "digest t")
+    engine = BatchingEngine(host, workers=1)
+    hold_up(engine, host)
+    sent = []
+    for number in range(12):
+        ids = np.arange(2 * (3 + number % 3)).reshape(2, -1) + number
+        asked = Asked([None, 0, np.zeros(2)][number % 3], deadline=[None, 1e6][number % 2])
+        sent.append((ids, Receiver(2)))
+        engine.submit("t", ids, asked, sent[-1][1])
+    host.gate.set()
+    for ids, receiver in sent:
+        assert receiver.wait().exits() == [0, 0]
+        assert [got.probabilities.argmax() for got in receiver.rows.values()] == (ids.sum(axis=1) % 2).tolist()
+    assert lengths.shapes == [(8, 3), (8, 4), (8, 5)]
+    engine.close(PATIENCE)
+    host.at_rest()
 
 
 def test_threads_that_wait_are_all_woken(start: Start, host: FakeHost) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
-from engine_help import PATIENCE, FakeHost, Journal, Notes, Receiver
-from test_engine import rows_at, rows_of
+from engine_help import PATIENCE, FakeHost, Journal, Notes, Receiver, rows_at, rows_of
 from tiny import THRESHOLDS, Tiny, batch, reference, reference_all, write_tiny
 
 from offramp.runtime import ArtifactError, InputError, OfframpError
@@ -338,6 +339,93 @@ def test_cancelled_failed_and_refused_rows_are_watched_no_more(start: Start, hos
     host.changed()
     assert len(failing.wait().errors) == 4
     assert engine._watching.free == 256
+
+
+def test_watched_rows_of_best_effort_run_on_behind_their_short_answer(start: Start, host: FakeHost) -> None:
+    notes = Notes(1.0)
+    engine = start(recorder=notes)
+    host.models["a"].evict(1)
+    data = rows_at(2, 3)
+    for _ in range(2):  # the stage is found missing, then known to be
+        assert ask(engine, data, Asked(best_effort=True)).wait().exits() == [0] * 3
+    host.models["a"].load(1)
+    assert {sample.exit for sample in notes.wait(6)} == {0}
+
+
+def test_a_recorder_that_fails_to_choose_costs_no_request(
+    start: Start, host: FakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Notes):
+        def chosen(self, model: str, rows: int) -> np.ndarray:
+            return np.ones(rows + 1, bool)
+
+    engine = start(recorder=Broken(1.0))
+    assert ask(engine, rows_at(2, 3)).wait().exits() == [2] * 3
+    assert "the recorder failed to choose rows" in caplog.text
+
+
+# --- cancelling
+
+
+def test_a_cancel_returns_when_what_is_being_delivered_is(start: Start, host: FakeHost) -> None:
+    engine, order = start(), list[str]()
+    inside, go = threading.Event(), threading.Event()
+
+    def deliver(leaving: Leaving) -> None:
+        inside.set()
+        assert go.wait(PATIENCE)
+        order.append("delivered")
+
+    ticket = engine.submit("a", rows_at(0, 1), PLAIN, deliver)
+    assert inside.wait(PATIENCE)
+
+    def cancel() -> None:
+        ticket.cancel()
+        order.append("cancelled")
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    until(lambda: ticket._request.cancelled)  # type: ignore[attr-defined]
+    go.set()
+    thread.join(PATIENCE)
+    assert order == ["delivered", "cancelled"]
+
+
+def test_what_was_answered_but_not_delivered_is_not_delivered_after_a_cancel(start: Start, host: FakeHost) -> None:
+    """Rows that are sure and rows that are late leave in one run; whoever gets the first may cancel the others."""
+    engine, tickets, leavings = start(), list[Any](), list[Leaving]()
+
+    def deliver(leaving: Leaving) -> None:
+        leavings.append(leaving)
+        tickets[0].cancel()
+
+    data = {name: np.concatenate([rows_at(0, 2)[name], rows_at(2, 2)[name]]) for name in ("x", "side")}
+    host.gate.clear()
+    tickets.append(engine.submit("a", data, Asked(deadline=1e6), deliver))
+    assert host.entered.acquire(timeout=PATIENCE)
+    engine._expire(tickets[0]._request)
+    host.gate.set()
+    ask(engine, rows_at(0, 1)).wait()
+    assert [leaving.rows.tolist() for leaving in leavings] == [[0, 1]]
+
+
+# --- what an answered request leaves behind
+
+
+def test_an_answered_request_is_forgotten(start: Start, host: FakeHost) -> None:
+    """At once, and not when the garbage collector comes: its arrays may be large."""
+    engine = start(recorder=Notes(0.5))
+    gc.collect()
+    gc.disable()
+    try:
+        gone = []
+        for asked in (PLAIN, Asked(deadline=1e6), Asked(deadline=0.0), Asked(best_effort=True)):
+            receiver = ask(engine, batch(20), asked).wait()
+            gone.append(weakref.ref(receiver))
+            del receiver
+        until(lambda: not any(ref() for ref in gone))
+    finally:
+        gc.enable()
 
 
 # --- closing
