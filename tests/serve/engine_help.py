@@ -1,21 +1,29 @@
-"""A host of tiny's stages whose memory, gates and failures a test commands, and one who collects what is delivered."""
+"""Shared by the engine's tests: a host of tiny's stages whose memory, gates and failures a test commands.
+
+And who collects what is delivered, reported and recorded, and the fixtures that start an engine.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
-from tiny import THRESHOLDS, Tiny, batch, reference
+import pytest
+from tiny import THRESHOLDS, Tiny, batch, reference, write_tiny
 
 from offramp.runtime.engine import CPU, EngineSession
 from offramp.runtime.errors import OfframpError, UnknownModelError
 from offramp.runtime.execution import ASK, Stage, stage_of
 from offramp.runtime.manifest import Manifest
-from offramp.runtime.serve.work import Leaving, Sample, SegmentState
+from offramp.runtime.serve.engine import BatchingEngine
+from offramp.runtime.serve.work import Asked, Leaving, Sample, SegmentState
 
+PLAIN = Asked()
+Start = Callable[..., BatchingEngine]
 PATIENCE = 30.0  # seconds; what takes longer never comes
 
 
@@ -266,3 +274,53 @@ class Notes:
         for _ in range(samples):
             assert self.more.acquire(timeout=PATIENCE), f"{len(self.samples)} of {samples} recorded"
         return self.samples
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "artifact")
+
+
+@pytest.fixture
+def host(tiny: Tiny) -> FakeHost:
+    return FakeHost(tiny, "ab")
+
+
+@pytest.fixture
+def journal() -> Journal:
+    return Journal()
+
+
+@pytest.fixture
+def start(host: FakeHost, journal: Journal) -> Iterator[Start]:
+    """Engines of one worker that see nothing as urgent, closed when the test ends, with nothing held."""
+    engines: list[BatchingEngine] = []
+
+    def make(**options: Any) -> BatchingEngine:
+        engines.append(BatchingEngine(host, **{"workers": 1, "latency_budget": 1e6, "observer": journal, **options}))
+        return engines[-1]
+
+    yield make
+    host.gate.set()
+    for engine in engines:
+        engine.close(PATIENCE)
+    host.at_rest()
+
+
+def ask(engine: BatchingEngine, rows: dict[str, np.ndarray], asked: Asked = PLAIN, model: str = "a") -> Receiver:
+    receiver = Receiver(len(rows["x"]))
+    engine.submit(model, rows, asked, receiver)
+    return receiver
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Until something holds that nobody announces."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def missed(host: FakeHost) -> None:
+    """Until a stage was asked for that is not in memory."""
+    assert host.missed.acquire(timeout=PATIENCE)

@@ -1,19 +1,34 @@
 """The engine's answers against a session's, how it batches, and what it does when it is full or in a hurry."""
 
+# ruff: noqa: F811  # fixtures are imported by name, and asked for by it
+
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from engine_help import PATIENCE, FakeHost, FakeHosted, Journal, Receiver, rows_at, rows_of
+from engine_help import (  # noqa: F401
+    PATIENCE,
+    PLAIN,
+    FakeHost,
+    FakeHosted,
+    Journal,
+    Receiver,
+    Start,
+    host,
+    journal,
+    rows_at,
+    rows_of,
+    start,
+    tiny,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import INF, Tiny, batch, reference, reference_all, write_tiny
+from tiny import INF, Tiny, batch, reference, reference_all
 
 from offramp.runtime import InputError, Session, TensorSpec, UsageError, load
 from offramp.runtime.engine import EngineSession
@@ -24,45 +39,10 @@ from offramp.runtime.serve.engine import BatchingEngine
 from offramp.runtime.serve.joined import run_joined
 from offramp.runtime.serve.work import Asked
 
-PLAIN = Asked()
-Start = Callable[..., BatchingEngine]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return write_tiny(tmp_path_factory.mktemp("tiny") / "artifact")
-
 
 @pytest.fixture(scope="module")
 def session(tiny: Tiny) -> Session:
     return load(tiny.path, threads=1, executor="segments")
-
-
-@pytest.fixture
-def host(tiny: Tiny) -> FakeHost:
-    return FakeHost(tiny, "ab")
-
-
-@pytest.fixture
-def journal() -> Journal:
-    return Journal()
-
-
-@pytest.fixture
-def start(host: FakeHost, journal: Journal) -> Iterator[Start]:
-    """Engines of one worker that see nothing as urgent, closed when the test ends, with nothing held."""
-    engines: list[BatchingEngine] = []
-
-    def make(**options: Any) -> BatchingEngine:
-        options = {"workers": 1, "latency_budget": 1e6, "observer": journal, **options}
-        engines.append(BatchingEngine(host, **options))
-        return engines[-1]
-
-    yield make
-    host.gate.set()
-    for engine in engines:
-        engine.close(PATIENCE)
-    host.at_rest()
 
 
 def hold_up(engine: BatchingEngine, host: FakeHost, model: str = "a") -> Receiver:
