@@ -1,4 +1,4 @@
-"""What a model accepts: arrays against `TensorSpec`s, used for batches at run time and for whole data sets.
+"""What a model accepts: arrays against `TensorSpec`s, used for batches at run time and for whole data sets; tolerances.
 
 Refused, with the input named: unknown or missing names, something that is no array, another dtype, rank or
 size, two inputs that disagree on the batch or on a named dimension, NaN or infinity (with the first bad row).
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
-from .manifest import TensorSpec
+from .errors import InputError, UsageError
+from .manifest import Manifest, TensorSpec
 
 Batch = np.ndarray | Mapping[str, np.ndarray]
 
@@ -25,6 +25,23 @@ def check_batch(batch: Any, inputs: Sequence[TensorSpec]) -> tuple[dict[str, np.
     for name, array in arrays.items():
         check_finite(array, name)
     return arrays, rows
+
+
+def check_tolerance(tolerance: float | np.ndarray | None, rows: int, manifest: Manifest) -> np.ndarray:
+    """Thresholds of one tolerance [E-1], or of one for every row [B, E-1]; float32, infinity silences an exit.
+
+    None is the plan compiled for. Raises `UsageError` for what is no tolerance, or an array that is not one per row.
+    """
+    given = np.asarray(tolerance)
+    if tolerance is None or given.ndim == 0:
+        return np.array(manifest.thresholds(None if tolerance is None else given.item()), np.float32)
+    if given.shape != (rows,) or given.dtype.kind not in "fiu":
+        raise UsageError(
+            f"tolerance is {given.dtype} {list(given.shape)}; give one number, or one for each of the {rows} rows"
+        )
+    levels, which = np.unique(given, return_inverse=True)
+    limits = [manifest.thresholds(float(level)) for level in levels]
+    return np.array(limits, np.float32).reshape(len(levels), len(manifest.exits) - 1)[which]
 
 
 def name_arrays(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from .artifact import Artifact, open_artifact
 from .engine import EngineSession, choose_providers, device_of, start_sessions
 from .errors import UsageError
 from .execution import Executor, ExitRows, Segments, SingleFile, Thresholds
-from .inputs import Batch, check_batch
+from .inputs import Batch, check_batch, check_tolerance
 from .manifest import Manifest, Plan, TensorSpec
 from .on_device import OnDevice
 from .process import check_threads
@@ -213,16 +213,8 @@ class Session:
 
     def _turned(self, tolerance: float | np.ndarray, rows: int) -> Thresholds | np.ndarray:
         """Thresholds [E-1] of a tolerance, or [B, E-1] of one for every row."""
-        given = np.asarray(tolerance)
-        if given.ndim == 0:
-            return _floats(np.array(self._manifest.thresholds(given.item()), np.float32))
-        if given.shape != (rows,) or given.dtype.kind not in "fiu":
-            raise UsageError(
-                f"tolerance is {given.dtype} {list(given.shape)}; give one number, or one for each of the {rows} rows"
-            )
-        levels, which = np.unique(given, return_inverse=True)
-        limits = [self._manifest.thresholds(float(level)) for level in levels]
-        return np.array(limits, np.float32).reshape(len(levels), self.exits - 1)[which]
+        limits = check_tolerance(tolerance, rows, self._manifest)
+        return _floats(limits) if limits.ndim == 1 else limits
 
     def _limits(self, thresholds: Sequence[float]) -> Thresholds:
         try:
