@@ -142,11 +142,16 @@ class Shelf:
         """What is to be done now, as soon as there is something; None once closed."""
         with self.lock:
             while not self._closed:
-                job = self._evictions() or self._wanted() or self._spare()
+                job = self.poll()
                 if job is not None:
                     return job
                 self.lock.wait(self._patience())
             return None
+
+    def poll(self) -> Job | None:
+        """What is to be done now; None: nothing, until something changes."""
+        with self.lock:
+            return self._evictions() or self._excess() or self._wanted() or self._spare()
 
     def evictions(self) -> Evict | None:
         """Those that can go now of all that were told to."""
@@ -159,7 +164,7 @@ class Shelf:
         return LoadPart(part, None if any(other.takers for other in self._parts if other.loaded) else self._uses)
 
     def loaded(self, job: LoadPart, stages: Sequence[Loaded]) -> None:
-        """A part is in memory. Others are told to go where there is too little room now, or the part itself is."""
+        """A part is in memory. Where that is too much, it goes itself if nobody asked for it, else others do."""
         part = job.part
         with self.lock:
             quiet = job.uses == self._uses
@@ -170,7 +175,6 @@ class Shelf:
                 part.leaving, part.error = True, self._too_large(part)
             elif asked:
                 part.promised = self._clock() + self._grace
-                self._tell_to_go(part, 0)
             elif self._used() > self._budget:
                 part.leaving = True
             self.lock.notify_all()
@@ -221,6 +225,13 @@ class Shelf:
         self._parts = [part for part in self._parts if not part.dead or (part.loaded and part not in gone)]
         return Evict(gone, [stage for part in gone for stage in part.empty()]) if gone else None
 
+    def _excess(self) -> Evict | None:
+        """Others go where a part turned out larger than expected."""
+        if self._used() <= self._budget:
+            return None
+        self._tell_to_go(None, 0)
+        return self._evictions()
+
     def _wanted(self) -> Job | None:
         """The first that was asked for, if there is room; if not, others are told to go."""
         for gone in [part for part in self._asked if part.dead]:
@@ -252,21 +263,22 @@ class Shelf:
         before = [other for other in self._parts if other.version == part.version and other.depth < part.depth]
         return all(other.loaded and not other.leaving for other in before)
 
-    def _tell_to_go(self, wanted: Part, need: int | float) -> None:
-        """Choose what goes so that `need` more bytes fit beside what stays."""
+    def _tell_to_go(self, wanted: Part | None, need: int | float) -> None:
+        """Choose what goes so that `need` more bytes, of the part wanted, fit beside what stays."""
         going = sum(part.bytes for part in self._parts if part.loaded and part.leaving)
         excess = self._used() - going + need - self._budget
         now = self._clock()
-        able = [p for p in self._parts if p.loaded and not p.leaving and p is not wanted and p.promised <= now]
+        able = [part for part in self._parts if part.loaded and not part.leaving and part.promised <= now]
         residents = {part.resident(self._uses): part for part in able}
-        for victim in victims(residents, math.ceil(max(excess, 0)), self._policy, (wanted.version, wanted.depth)):
+        place = (wanted.version, wanted.depth) if wanted else None
+        for victim in victims(residents, math.ceil(max(excess, 0)), self._policy, place):
             residents[victim].leaving = True
 
     def _patience(self) -> float | None:
-        """Seconds until a promise ends that room may be waiting for; None: for any change."""
+        """Seconds until the next promise ends, which may make room; None: for any change."""
         now = self._clock()
         ends = [part.promised - now for part in self._parts if part.loaded and part.promised > now]
-        return min(ends) if ends and self._asked else None
+        return min(ends, default=None)
 
     def _used(self) -> int:
         return sum(part.bytes for part in self._parts if part.loaded)
