@@ -47,7 +47,7 @@ class Part:
         self.takers = 0
         self.leaving = False  # goes as soon as nobody has it; nobody takes it any more
         self.dead = False  # nobody will ask for it again
-        self.untried = True  # was never loaded, so it is when there is room to spare
+        self.untried = True  # so it is loaded when there is room to spare
         self.promised = -math.inf  # until then it waits for those it was loaded for
         self.error: OfframpError | None = None  # for the next who asks
 

@@ -5,7 +5,7 @@ says how it ended. Jobs in order of urgency:
 
     evict   parts that were told to go and that nobody has
     load    what was asked for, in order of asking, once there is room; parts are told to go until there is
-    load    parts never tried, the shallow ones of all models first, where they fit without anything going
+    load    parts nobody asked for, once each, the shallow ones of all models first, where they fit beside the others
 
 Promises to those who ask: every `take` that gave None is followed by a loading or a failure. What was loaded for
 somebody stays until it was taken once, for at most `GRACE` seconds; or two models in too little memory would throw
@@ -81,8 +81,10 @@ class Shelf:
             self.lock.notify_all()
 
     def forget(self, parts: Iterable[Part]) -> None:
-        """Nobody will ask for them again."""
+        """Nobody will ask for them again. The room that makes is for others, those too that had to go before."""
         with self.lock:
+            for part in self._parts:
+                part.untried = True
             for part in parts:
                 part.dead = True
             self.lock.notify_all()
@@ -126,6 +128,7 @@ class Shelf:
             self.add(parts)
             self.lock.wait_for(lambda: first.error is not None or first.loaded or self._closed)
             if first.error is None and not self._closed:
+                first.promised = -math.inf
                 return
             self._asked.pop(first, None)
             self.give(first)
@@ -251,11 +254,11 @@ class Shelf:
         return self._evictions()
 
     def _spare(self) -> LoadPart | None:
-        """A part that was never tried and fits, once those before it are in memory."""
+        """A part that was not tried yet and fits, once those before it are in memory."""
         if self._asked:
             return None
         for part in sorted(self._parts, key=lambda part: part.depth):
-            if part.untried and not part.dead and self._follows(part) and self.fits(part):
+            if part.untried and not part.loaded and not part.dead and self._follows(part) and self.fits(part):
                 return self.loading(part)
         return None
 
