@@ -207,7 +207,8 @@ class ModelHost:
                 continue
             if isinstance(job, LoadPart):
                 self._load(job)
-            self._tell()
+            for changed in tuple(self._listeners):
+                _say(changed)
 
     def _load(self, job: LoadPart) -> None:
         part, stages = job.part, []
@@ -223,21 +224,22 @@ class ModelHost:
             return
         self._shelf.loaded(job, stages)
         for slot, loaded in zip(part.slots, stages, strict=True):
-            self._observer.loaded(part.model, slot.index, loaded.seconds, slot.sizes.bytes)
+            _say(self._observer.loaded, part.model, slot.index, loaded.seconds, slot.sizes.bytes)
 
     def _evict(self, job: Evict) -> None:
         job.stages.clear()
         hand_back()
         for part in job.parts:
             for slot in part.slots:
-                self._observer.evicted(part.model, slot.index)
+                _say(self._observer.evicted, part.model, slot.index)
 
-    def _tell(self) -> None:
-        for changed in tuple(self._listeners):
-            try:
-                changed()
-            except Exception:  # noqa: BLE001  # one listener's failure is not the others', nor the end of loading
-                _LOG.exception("a listener of the model host failed")
+
+def _say(call: Callable[..., None], *given: object) -> None:
+    """Tell a neighbour; its failure is not the others', nor the end of loading."""
+    try:
+        call(*given)
+    except Exception:  # noqa: BLE001  # whatever it is
+        _LOG.exception("who was told of a stage failed")
 
 
 def _check(paths: Mapping[str, str], budget: int | None, policy: str, unit: str) -> None:

@@ -151,8 +151,13 @@ def test_an_altered_file_is_told_once_and_read_again(path: Path) -> None:
     host.close()
 
 
-def test_whatever_fails_the_loader_goes_on(paths: dict[str, str], told: Told) -> None:
-    loads = Loads([10, 10, 10])
+def test_whatever_fails_the_loader_goes_on(paths: dict[str, str]) -> None:
+    class Broken(Told):
+        def loaded(self, model: str, stage: int, seconds: float, bytes: int) -> None:
+            super().loaded(model, stage, seconds, bytes)
+            raise ValueError("an observer's own mistake")
+
+    told, loads = Broken(), Loads([10, 10, 10])
     loads.failures[("a", 1)] = MemoryError("no more")
     host = ModelHost(paths, observer=told, load=loads)
     calls: list[int] = []
