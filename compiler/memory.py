@@ -8,9 +8,7 @@ backbone, not memory.
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +17,7 @@ import torch
 from offramp.passes import Backbone, Candidate, row_shape
 from offramp.passes.cuts import row_bytes
 from offramp.runtime.errors import UsageError
+from offramp.runtime.process import hand_back
 
 from .heads import build_head, default_head
 
@@ -61,10 +60,7 @@ def give_back() -> None:
     """Hand freed memory to the operating system. glibc keeps what lies between live blocks, a little more with every
     group of candidates (16 groups of ResNet-like maps: twice the bound)."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
+    hand_back()
 
 
 def _needed(backbone: Backbone, candidate: Candidate, batch: int, heads: int) -> tuple[int, int]:

@@ -23,8 +23,10 @@ Refused: no onnxruntime; threads or memory that cannot be had.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import sys
 import threading
 from typing import Any
 
@@ -127,6 +129,22 @@ def session_options(ort: Any, threads: int | None) -> Any:
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.enable_mem_pattern = False
     return options
+
+
+def hand_back() -> bool:
+    """Hand freed memory to the operating system. glibc keeps what lies between live blocks.
+
+    False where that cannot be asked for.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+    return trim is not None
+
+
+@functools.cache
+def _trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # musl has none
 
 
 def reason_of(error: Exception) -> str:
