@@ -21,7 +21,6 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Any
 
 from ..errors import StorageError, UsageError
 from .record_format import Row
@@ -189,7 +188,7 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        code: Any = getattr(error, "sqlite_errorcode", None)
+        code = code_of(error)
         if code == sqlite3.SQLITE_NOTADB:
             raise UsageError(f"{path}: is no recording of offramp's; choose another folder") from error
         if code == sqlite3.SQLITE_CORRUPT:
@@ -197,6 +196,12 @@ def explained(path: Path) -> Iterator[None]:
         raise StorageError(
             f"{path}: the recording cannot be opened ({error}); check the folder and its rights, or choose another"
         ) from error
+
+
+def code_of(error: Exception) -> int | None:
+    """SQLite's primary result code, of which its extended ones hold more above the last byte."""
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
 
 
 def _make_file(path: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import InputError, UsageError
 from .record_format import Row, pack, sealed
-from .record_store import Store
+from .record_store import Store, code_of
 from .work import Sample
 
 _LOGGER = logging.getLogger(__name__)
@@ -145,16 +145,16 @@ class Recording:
         kept = False
         try:
             kept = not self._stopped and self._store.add([sealed(row) for row in rows])
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             # A store that another process holds for long is there again later; a full disk is not soon.
-            if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY:
+            if code_of(error) != sqlite3.SQLITE_BUSY:
                 self._stop(error)
         with self._changed:
             self._recorded += len(rows) * kept
             self._dropped += len(rows) * (not kept)
             self._changed.notify_all()
 
-    def _stop(self, error: sqlite3.Error) -> None:
+    def _stop(self, error: Exception) -> None:
         with self._changed:
             self._stopped = True
         _LOGGER.warning(

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -139,3 +140,40 @@ def test_a_full_disk_stops_the_recording_with_one_warning(tmp_path: Path) -> Non
     record_all(again, [sample(1_000, floats=2000)])
     again.close()
     assert numbers(tmp_path) == [*range(kept), 1_000]
+
+
+def test_a_store_held_by_another_process_drops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offramp.runtime.serve.record_store._BUSY_SECONDS", 0.05)
+    kept = recording(tmp_path)
+    record_all(kept, [sample(0)])
+    other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    kept.record(sample(1))
+    settled(kept, 2)
+    assert vars(kept.counts()) == {"recorded": 1, "dropped": 1}
+    other.execute("ROLLBACK")
+    other.close()
+    record_all(kept, [sample(2)])
+    kept.close()
+    assert numbers(tmp_path) == [0, 2]
+
+
+def test_two_recordings_share_a_folder_and_its_limit(tmp_path: Path) -> None:
+    both = [recording(tmp_path, limit=SMALLEST) for _ in range(2)]
+
+    def work(kept: Recording, start: int) -> None:
+        for number in range(300):
+            kept.record(sample(start + number, floats=1_000))
+            settled(kept, number + 1)
+
+    threads = [threading.Thread(target=work, args=given) for given in zip(both, (0, 1_000), strict=True)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert size_of(tmp_path) <= SMALLEST
+        check_recording(tmp_path)  # readers come and go meanwhile
+    for one in both:
+        one.close()
+        assert sum(vars(one.counts()).values()) == 300
+    assert size_of(tmp_path) <= SMALLEST
+    assert check_recording(tmp_path) > 20
