@@ -27,9 +27,12 @@ from starlette.applications import Starlette
 from ..commands import Command, positive
 from ..errors import OfframpError, UsageError
 from .app import app
+from .engine import BatchingEngine
 from .guard import guarded
+from .host import ModelHost
 from .limits import Settings
 from .metrics import Metrics
+from .recording import Recording
 from .work import Engine, Host, Recorder
 
 PATIENCE = 30.0  # seconds for what was accepted, once the server is told to stop
@@ -85,8 +88,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("--max-batch", type=positive, default=32, metavar="N", help="rows of one call of a stage (default 32)")
     add("--queue-rows", type=positive, default=4096, metavar="N", help="rows of a model that may wait (default 4096)")
     add(
-        "--latency-budget-ms", type=seconds, default=2.0, metavar="MS",
-        help="a row waits at most so long for others to fill a batch (default 2)",
+        "--latency-budget-ms", type=seconds, default=50.0, metavar="MS",
+        help="a row waits at most so long for others to fill a batch, and only while others run (default 50)",
     )  # fmt: skip
     add("--token-file", type=Path, metavar="F", help="file with the token that clients must send")
     add("--insecure", action="store_true", help="listen beyond this machine without a token")
@@ -250,12 +253,10 @@ def swap_all(host: Host, swapping: threading.Lock) -> None:
                 sys.stderr.write(f"offramp: {name} stays as it was: {' '.join(str(error).split())}\n")
 
 
-def _build(args: argparse.Namespace, paths: dict[str, Path], observer: Metrics, stack: contextlib.ExitStack) -> Any:
+def _build(
+    args: argparse.Namespace, paths: dict[str, Path], observer: Metrics, stack: contextlib.ExitStack
+) -> tuple[BatchingEngine, ModelHost]:
     """-> engine and host; the stack closes what they need, in the right order."""
-    from .engine import BatchingEngine
-    from .host import ModelHost
-    from .recording import Recording
-
     providers = args.providers.split(",") if args.providers else None
     host = ModelHost(
         paths,

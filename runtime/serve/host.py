@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
@@ -104,7 +105,7 @@ class ModelHost:
 
     def __init__(
         self,
-        paths: Mapping[str, str],
+        paths: Mapping[str, str | os.PathLike[str]],
         *,
         budget: int | None = None,
         policy: PolicyName = "lru",
@@ -242,7 +243,7 @@ def _say(call: Callable[..., None], *given: object) -> None:
         _LOG.exception("who was told of a stage failed")
 
 
-def _check(paths: Mapping[str, str], budget: int | None, policy: str, unit: str) -> None:
+def _check(paths: Mapping[str, str | os.PathLike[str]], budget: int | None, policy: str, unit: str) -> None:
     if not paths:
         raise UsageError("no model to serve; give the path of at least one artifact")
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
