@@ -23,20 +23,18 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
 import numpy as np
 
-from benchmarks.heads import WORK
-from benchmarks.recorded import made_ready
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS
-from offramp.compiler import Options, Training, finish, train
+from benchmarks.trained import WORK, heads_of, made_ready, options_of
+from offramp.compiler import finish
 from offramp.compiler.measure import machine, versions
-from offramp.compiler.search import Search
 from offramp.runtime import load, open_artifact
 from offramp.runtime.execution import ASK, carry
 from offramp.runtime.serve.host import ModelHost, PolicyName, Unit
@@ -80,12 +78,9 @@ def compiled(name: str, seed: int, threads: int) -> Path:
     if out.exists():
         return out
     task = TASKS[name](seed)
-    options = Options(
-        training=replace(Training(), **task.training), search=replace(Search(engine="tpe"), **task.search), seed=seed,
-        threads=threads, policy=task.policy, max_candidates=task.max_candidates, batches=(), targets=("onnx-segments",),
-    )  # fmt: skip
+    options = options_of(task, "searched", seed=seed, threads=threads, batches=(), targets=("onnx-segments",))
     ready = made_ready(task, options)
-    finish(ready, train(ready, options, WORK / f"heads-{name}-searched.work", log), out, options, log)
+    finish(ready, heads_of(task, ready, options, "searched"), out, options, log)
     return out
 
 

@@ -38,15 +38,13 @@ import numpy as np
 from matplotlib import pyplot as plt
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.heads import WORK
-from benchmarks.recorded import made_ready
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS, Task
+from benchmarks.trained import KINDS, WORK, heads_of, made_ready, options_of
 from benchmarks.zoo.program import write
-from offramp.compiler import Options, Training, finish, train
+from offramp.compiler import finish
 from offramp.compiler.emit import SEGMENTS
 from offramp.compiler.measure import machine, versions
-from offramp.compiler.search import Search
 from offramp.passes import ExitPlan, build_program
 from offramp.runtime.artifact import Artifact, open_artifact
 from offramp.runtime.table import percent
@@ -68,13 +66,9 @@ def artifacts(task: Task, kind: str, seed: int) -> tuple[Path, Path]:
     ours, plain = (WORK / f"serve-{task.name}-{kind}-{model}" for model in (OURS, PLAIN))
     if ours.is_dir() and plain.is_dir():
         return ours, plain
-    search = replace(Search(engine="tpe"), **task.search) if kind == "searched" else Search()
-    options = Options(
-        training=replace(Training(), **task.training), search=search, seed=seed, policy=task.policy,
-        max_candidates=task.max_candidates, targets=(SEGMENTS,), rounds=1,
-    )  # fmt: skip
+    options = options_of(task, kind, seed=seed, targets=(SEGMENTS,), rounds=1)
     ready = made_ready(task, options)
-    heads = train(ready, options, WORK / f"heads-{task.name}-{kind}.work", log)
+    heads = heads_of(task, ready, options, kind)
     # Only now: heads searched for at another tolerance are others.
     finish(ready, heads, ours, replace(options, tolerance=TOLERANCES[task.name]), log)
     write(build_program(ready.backbone, ExitPlan(()), {}), (SEGMENTS,), plain)
@@ -307,7 +301,7 @@ def curve(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TOLERANCES), default=list(TOLERANCES))
-    parser.add_argument("--kind", choices=["searched", "default"], default="searched")
+    parser.add_argument("--kind", choices=KINDS, default="searched")
     parser.add_argument("--multiples", nargs="+", type=float, default=list(MULTIPLES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0)

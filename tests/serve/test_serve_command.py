@@ -146,7 +146,7 @@ def test_limits_reach_the_server() -> None:
 def process(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """-> the process, and its address once it serves."""
     root = Path(offramp.runtime.__file__).parents[2]
-    folders = [root, root / "tests" / "runtime", HELP.parent]
+    folders = [root, HELP.parents[1] / "runtime", HELP.parent]
     started = subprocess.Popen(
         [sys.executable, str(HELP), *words, "--port", "0"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
