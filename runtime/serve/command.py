@@ -28,7 +28,7 @@ from ..commands import Command, positive
 from ..errors import OfframpError, UsageError
 from .app import app
 from .engine import BatchingEngine
-from .guard import guarded
+from .guard import GuardedSocket, guarded
 from .host import ModelHost
 from .limits import Settings
 from .metrics import Metrics
@@ -213,6 +213,7 @@ def server(
     config = uvicorn.Config(
         web,
         http=guarded(settings),
+        ws=GuardedSocket,
         ws_max_size=settings.max_message,
         ws_per_message_deflate=False,  # a small message must not become a large one
         limit_concurrency=2 * settings.max_connections + 16,  # sockets, idle ones too; the door counts who is inside

@@ -4,15 +4,30 @@ Closed: a connection that sends no whole request within `idle_seconds`, be it th
 reader takes nothing of what was written for it in `send_seconds`, while a response waits for that or while the
 connection is being closed. The last holds for WebSockets too, which begin as HTTP; a WebSocket whose messages wait is
 `stream`'s to close.
+
+Not an error: a WebSocket that its client is closing when the server stops. uvicorn 0.54 would send a close of its own
+then, which the protocol refuses, and end with that error.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
 
 from .limits import Settings
+
+
+class GuardedSocket(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket protocol, for `uvicorn.Config(ws=...)`."""
+
+    def shutdown(self) -> None:
+        with contextlib.suppress(InvalidState):
+            super().shutdown()
+        self.transport.close()
 
 
 def guarded(settings: Settings) -> type[asyncio.Protocol]:

@@ -178,7 +178,7 @@ def test_a_signal_answers_what_was_accepted_and_ends_well(stop: signal.Signals) 
             found = [json.loads(sock.recv(timeout=PATIENCE)) for _ in range(50)]
             assert {each["row"] for each in found} == set(range(50))
         out, err = started.communicate(timeout=PATIENCE)
-        assert (started.returncode, out, err) == (0, "host closed\n", "")
+        assert (started.returncode, out, err) == (0, "host closed\n", ""), err
         with pytest.raises(OSError):
             socket.create_connection(place.split(":"), timeout=PATIENCE)  # type: ignore[arg-type]
 
