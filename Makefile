@@ -56,6 +56,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.footprint
 	$(BIN)/python -m benchmarks.variants
 	$(BIN)/python -m benchmarks.whole_compile
+	$(BIN)/python -m benchmarks.serve
+	$(BIN)/python -m benchmarks.cache_trace
 
 # Hundreds of models with random weights: its own environment, for it needs torchvision and timm, and hours. Stopped,
 # it goes on where it was; docs/zoo.md is written of what is done.
