@@ -308,7 +308,8 @@ def _greet(host: str, number: int, paths: dict[str, Path], settings: Settings) -
     width = max(map(len, paths))
     place = f"[{host}]" if ":" in host else host
     lines = [f"  {name:<{width}}  {path}" for name, path in paths.items()]
-    asks = "with the token" if settings.token is not None else "to anybody who reaches it"
+    asks = "anybody who reaches it" if settings.hosts is None else "anybody on this machine"
+    asks = asks if settings.token is None else "whoever has the token"
     lines += [f"answers {asks}; page at /, metrics at /metrics, models at /v1/models"]
     sys.stdout.write("\n".join([*lines, f"serving at http://{place}:{number}", ""]))
     sys.stdout.flush()

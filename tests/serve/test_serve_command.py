@@ -199,8 +199,8 @@ def test_a_hang_up_reads_every_model_again() -> None:
 def test_it_says_what_is_served_and_to_whom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "token").write_text("secret")
     for words, says in (
-        ((), "to anybody who reaches it"),
-        (("--token-file", str(tmp_path / "token")), "with the token"),
+        ((), "anybody on this machine"),
+        (("--token-file", str(tmp_path / "token")), "whoever has the token"),
     ):
         command._greet("::1", 81, {"a": Path("x/a.offramp"), "long": Path("y")}, command.settings_of(parsed(*words)))
         lines = capsys.readouterr().out.splitlines()
