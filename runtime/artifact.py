@@ -3,7 +3,8 @@
 An artifact is a directory, or the same zipped, that holds `manifest.json` and the files it lists.
 `write_artifact` builds it in a temporary sibling and moves that into place, so a reader sees the old artifact
 or the new one. `open_artifact` checks the manifest, then presence, size and SHA-256 of every listed file;
-`Artifact.read` checks again what it returns, so what was hashed is what gets executed.
+`Artifact.read` checks again what it returns, so what was hashed is what gets executed. `keep_open` lets a server read
+a version on after another has taken its place.
 
 Refused when opening: a manifest that `parse_manifest` refuses, a listed file that is missing, truncated,
 altered, a symbolic link or not a regular file, a damaged or encrypted archive. Nothing reads or decompresses
@@ -23,10 +24,10 @@ import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from .engine import ModelBytes
 from .errors import ArtifactError, StorageError, UsageError
@@ -35,6 +36,7 @@ from .manifest import MANIFEST_NAME, FileSpec, Manifest, dump_manifest, parse_ma
 EXTERNAL = ".data"  # behind a model's name: the file of weights too large for the model's own
 _MANIFEST_LIMIT = 64 << 20  # a manifest is kilobytes; this bounds what a hostile archive makes us hold
 _CHUNK = 1 << 20
+F = TypeVar("F")
 _ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
@@ -44,6 +46,7 @@ class Artifact:
 
     path: Path
     manifest: Manifest
+    kept: Kept | None = None  # read from there, whatever stands at the path; None: from the path
 
     def read(self, name: str) -> bytes:
         """The bytes of one listed file, checked against the manifest in this very reading."""
@@ -54,8 +57,8 @@ class Artifact:
         spec = self.manifest.all_files().get(name)
         if spec is None:
             raise ArtifactError(f"{self.path}: the manifest lists no file {name!r}; use one of its files")
-        with _container(self.path) as container:
-            yield from _checked(container, name, spec, self.path)
+        with _container(self.path) if self.kept is None else _explained(self.path, self.kept) as files:
+            yield from _checked(files, name, spec, self.path)
 
     def model(self, name: str) -> ModelBytes:
         """One ONNX file, and the weights beside it where it has any, checked like every reading."""
@@ -79,6 +82,18 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
             for _ in _checked(container, name, spec, where):
                 pass
     return Artifact(where, manifest)
+
+
+def keep_open(artifact: Artifact) -> Artifact:
+    """The same with its files held open until `Artifact.kept` is closed, so that it can be read once it was replaced.
+
+    Zip archives, and systems that cannot read at a position, are read from their path as before. Raises as
+    `open_artifact` where a file is gone.
+    """
+    with _container(artifact.path) as container:
+        if isinstance(container, _Directory) and hasattr(os, "pread"):
+            return replace(artifact, kept=Kept(container, artifact.manifest.all_files()))
+    return artifact
 
 
 def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> None:
@@ -173,6 +188,42 @@ class _Directory:
         return (self.root / name).open("rb")
 
 
+class Kept:
+    """The open files of a directory. They outlive their names."""
+
+    def __init__(self, directory: _Directory, names: Iterable[str]) -> None:
+        self._files: dict[str, IO[bytes]] = {}
+        try:
+            for name in names:
+                self._files[name] = directory.open(name)
+        except OSError:
+            self.close()
+            raise
+
+    def size(self, name: str) -> int | None:
+        return os.fstat(self._files[name].fileno()).st_size
+
+    def open(self, name: str) -> contextlib.nullcontext[_Positioned]:
+        return contextlib.nullcontext(_Positioned(self._files[name].fileno()))
+
+    def close(self) -> None:
+        """Let go of the files; what reads them at this moment fails."""
+        for file in self._files.values():
+            file.close()
+
+
+class _Positioned:
+    """One reader of an open file, with a position of its own: several threads may read it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._at = descriptor, 0
+
+    def read(self, size: int) -> bytes:
+        data = os.pread(self._descriptor, size, self._at)
+        self._at += len(data)
+        return data
+
+
 class _Archive:
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path = path
@@ -199,7 +250,7 @@ class _Archive:
 
 @contextlib.contextmanager
 def _container(path: Path) -> Iterator[_Directory | _Archive]:
-    try:
+    with _explained(path, None):
         if path.is_dir():
             yield _Directory(path)
         elif not path.exists():
@@ -209,6 +260,13 @@ def _container(path: Path) -> Iterator[_Directory | _Archive]:
         else:
             with zipfile.ZipFile(path) as archive:
                 yield _Archive(path, archive)
+
+
+@contextlib.contextmanager
+def _explained(path: Path, files: F) -> Iterator[F]:
+    """The files of an artifact; what reading them raises is told as an `ArtifactError`."""
+    try:
+        yield files
     except _ARCHIVE_ERRORS as error:
         raise ArtifactError(f"{path}: damaged archive ({error}); copy the artifact again") from error
     except OSError as error:
@@ -223,7 +281,7 @@ def _bounded(file: IO[bytes], path: Path) -> bytes:
     return data
 
 
-def _checked(container: _Directory | _Archive, name: str, spec: FileSpec, where: Path) -> Iterator[bytes]:
+def _checked(container: _Directory | _Archive | Kept, name: str, spec: FileSpec, where: Path) -> Iterator[bytes]:
     """The file in chunks; the last one is followed by the verdict, so exhaust this before using any."""
     size = container.size(name)
     if size is None:

@@ -3,7 +3,8 @@
     opening       the first stage of every model is loaded before the host is there, as many as fit
     post-loading  a thread loads deeper ones, the shallow ones of all models first, where they fit beside the others
     on demand     what `take` does not find is loaded before anything else, in order of asking; others go for it
-    swapping      a name's new version has its first stage in memory before it takes the name
+    swapping      a name's new version has its first stage in memory before it takes the name; the files of the old one
+                  are held open, so that requests it still has may load its deep stages
 
 So serving begins with the first stages, a model shrinks to its early stages where memory is short and grows back when
 its deep ones are asked for: the papers' "post-loading" and "memory-adaptive models". `policies` says who goes first,
@@ -22,7 +23,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
-from ..artifact import Artifact, open_artifact
+from ..artifact import Artifact, keep_open, open_artifact
 from ..errors import OfframpError, StorageError, UnknownModelError, UsageError
 from ..execution import Stage
 from ..manifest import Manifest, dump_manifest
@@ -42,7 +43,7 @@ class Version:
     """One version of a model: what `ModelHost.hold` gives. See `work.Hosted`."""
 
     def __init__(self, name: str, number: int, artifact: Artifact, unit: Unit, shelf: Shelf) -> None:
-        self._name, self._manifest, self._shelf = name, artifact.manifest, shelf
+        self._name, self._artifact, self._manifest, self._shelf = name, artifact, artifact.manifest, shelf
         self._digest = hashlib.sha256(dump_manifest(artifact.manifest)).hexdigest()
         self._slots = [Slot(index, stage_bytes(artifact, index)) for index in range(len(artifact.manifest.stages))]
         groups = [self._slots] if unit == "model" else [[slot] for slot in self._slots]
@@ -95,9 +96,15 @@ class Version:
                 for slot, part in zip(self._slots, self._part_of, strict=True)
             ]
 
+    def close(self) -> None:
+        """Nothing is loaded of it any more."""
+        if self._artifact.kept is not None:
+            self._artifact.kept.close()
+
     def _retire(self) -> None:
         if self._replaced and not self._holders:
             self._shelf.forget(self.parts)
+            self.close()
 
 
 class ModelHost:
@@ -180,9 +187,11 @@ class ModelHost:
         self._shelf.close()
         self._thread.join()
         self._evict(self._shelf.clear())
+        for version in self._newest.values():
+            version.close()
 
     def _open(self, name: str) -> Version:
-        artifact = open_artifact(self._paths[name])
+        artifact = keep_open(open_artifact(self._paths[name]))
         if not artifact.manifest.stages:
             raise UsageError(f"{self._paths[name]}: holds no stages to serve; compile with target onnx-segments")
         self._versions += 1

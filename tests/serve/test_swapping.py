@@ -1,0 +1,92 @@
+"""A newer artifact takes the place of the one served, again and again, and no request is lost over it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+from host_help import K, Loads, taken
+from soak_help import MODEL, behaved, server, stop, together
+from tiny import batch, tiny_files, tiny_manifest
+
+from offramp.runtime import ArtifactError, open_artifact, write_artifact
+from offramp.runtime.artifact import keep_open
+from offramp.runtime.serve.host import ModelHost
+
+SWAPS = 12
+
+
+def write(path: Path, version: int) -> None:
+    """The tiny artifact, told from others by the name of its backbone; all answer alike."""
+    files = tiny_files()
+    manifest = tiny_manifest(files)
+    write_artifact(path, replace(manifest, backbone=replace(manifest.backbone, name=f"tiny{version}")), files)
+
+
+async def swapping(url: str, path: Path) -> list[str]:
+    """-> the digest served after every swap."""
+    digests = []
+    async with aiohttp.ClientSession(url) as session:
+        for version in range(1, SWAPS + 1):
+            write(path, version)
+            async with session.post(f"/v2/repository/models/{MODEL}/load") as answer:
+                assert answer.status == 200, await answer.text()
+            async with session.get("/v1/models") as answer:
+                digests.append((await answer.json())["models"][0]["digest"])
+    return digests
+
+
+def test_swaps_under_load_lose_nothing(tmp_path: Path) -> None:
+    path, said = tmp_path / "tiny.offramp", tmp_path / "said.txt"
+    write(path, 0)
+
+    async def all_at_once(url: str) -> list[str]:
+        clients = asyncio.create_task(together([behaved(url, seed, 150) for seed in range(3)]))
+        digests = await swapping(url, path)
+        assert all(tally.answered and not tally.refused for tally in await clients)
+        return digests
+
+    with server(path, said, "--workers", "2", "--threads", "1") as (process, url):
+        digests = asyncio.run(all_at_once(url))
+        assert len(set(digests)) == SWAPS
+        assert stop(process) == 0
+    assert "Traceback" not in said.read_text()
+
+
+def test_a_replaced_version_still_loads_its_deep_stages(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.offramp"
+    write(path, 0)
+    host = ModelHost({MODEL: str(path)}, budget=15 * K, load=Loads([10, 10, 10]))
+    old = host.hold(MODEL)
+    files = tiny_files()
+    other = {name: data + b"newer" if name == old.manifest.stages[2].file else data for name, data in files.items()}
+    write_artifact(path, replace(tiny_manifest(other), default_plan=0), other)
+    host.swap(MODEL)
+    assert host.hold(MODEL) is not old
+    rows = batch(4)
+    hidden = np.zeros((4, 8), np.float32)
+    feed = {"h1": hidden, "skip": hidden, "side": rows["side"]}
+    stage = taken(old, 2)  # of a file that is not there any more
+    assert len(stage.session.run(["confidence"], {name: feed[name] for name in stage.inputs})[0]) == 4
+    old.give(2)
+    old.release()
+    host.close()
+
+
+def test_an_artifact_kept_open_is_read_after_it_was_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.offramp"
+    write(path, 0)
+    loose = open_artifact(path)
+    kept = keep_open(loose)
+    shutil.rmtree(path)
+    for name, data in tiny_files().items():
+        assert kept.read(name) == data
+    with pytest.raises(ArtifactError, match="does not exist"):
+        loose.read("report.html")
+    assert kept.kept is not None
+    kept.kept.close()
