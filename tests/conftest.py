@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from models import QUICK, Compiled
 
 from offramp.compiler import compile
 from offramp.compiler.demo import Digits, train_digits
 from offramp.passes import observed, verified
+
+settings.register_profile("offramp", deadline=None)  # machines are shared: nothing fails for being slow
+settings.load_profile("offramp")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -50,7 +50,7 @@ def limits(plan: Plan) -> tuple[float, ...]:
     return tuple(math.inf if t is None else t for t in plan.thresholds)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.sampled_from(["joint", "equal", "geometric"]))
 def test_every_plan_keeps_to_its_tolerance_on_the_rows_it_was_chosen_on(seed: int, policy: str) -> None:
     chosen, made, recorded = plans(policy, 400, seed)

@@ -50,7 +50,7 @@ def test_every_head_of_a_space_reads_its_value_and_keeps_its_price(shape: Shape)
     family = families_for(shape)[0]
 
     @given(drawn(search_space(family)), st.sampled_from([1e4, 1e6, 1e8]))
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     def check(choices: Mapping[str, Any], flops: float) -> None:
         config = configure(family, shape, 7, flops, choices)
         head = build_head(config, shape, 7).eval()

@@ -60,7 +60,7 @@ thresholds = st.sampled_from([-INF, 0.0, 0.3, 0.4, 0.5, 0.7, 1.0, 1.1, INF])
 
 
 @pytest.mark.parametrize("name", ["residual", "sized", "shared", "attention"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(first=thresholds, second=thresholds, count=st.integers(0, 9))
 def test_the_eager_run_is_rows_one_by_one(
     programs: dict[str, ExitProgram], name: str, first: float, second: float, count: int

@@ -71,7 +71,7 @@ def test_a_name_that_is_not_listed_is_refused(tiny: Tiny) -> None:
             open_artifact(tiny.path).read(name)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), flip=st.integers(1, 255))
 def test_one_altered_byte_of_any_file_is_refused(tiny: Tiny, broken: Path, data: st.DataObject, flip: int) -> None:
     name = data.draw(st.sampled_from(sorted(tiny.files)))

@@ -71,7 +71,7 @@ def test_parts_of_records_keep_their_own_rows() -> None:
     assert {"final", "final_regret"} <= HAND.arrays().keys()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 1000), st.sampled_from(list(POLICIES)), st.sampled_from(["disagreement", "regret"]))
 def test_policies_keep_exits_and_precision_together_within_the_tolerance(seed: int, policy: str, kind: str) -> None:
     kept = replace(population(300, seed, 0.02), kind=kind)

@@ -52,7 +52,7 @@ def test_joint_finds_the_optimum_of_small_records() -> None:
     assert float(np.mean(np.array(gaps) < 1e-9)) >= 0.99
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(most_rows=15, most_candidates=3), some_tolerance)
 def test_joint_never_claims_less_than_the_optimum(case: tuple[Records, Costs], tolerance: float) -> None:
     # Adjacent float32 confidences cannot be parted, so the optimum may be out of reach here, never beaten.
@@ -150,7 +150,7 @@ def with_chances(rows: int, candidates: int, seed: int) -> tuple[Records, Costs]
     return replace(records, chance=chance), costs
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cases(), some_tolerance, st.integers(0, 99))
 def test_with_any_chances_it_is_never_dearer_either(case: tuple[Records, Costs], tolerance: float, seed: int) -> None:
     records, costs = case

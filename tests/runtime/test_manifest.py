@@ -118,7 +118,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(manifests())
 def test_a_round_trip_changes_nothing(manifest: Manifest) -> None:
     data = dump_manifest(manifest)
@@ -131,7 +131,7 @@ def test_the_test_s_own_signature_is_the_format_s(tiny: Tiny) -> None:
     assert sign(json.loads(data)) == data
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(position=st.integers(0, 10**9), flip=st.integers(1, 255))
 def test_one_altered_byte_is_noticed(tiny: Tiny, position: int, flip: int) -> None:
     data = bytearray(dump_manifest(tiny.manifest))
@@ -140,7 +140,7 @@ def test_one_altered_byte_is_noticed(tiny: Tiny, position: int, flip: int) -> No
         parse_manifest(bytes(data), "somewhere/manifest")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(length=st.integers(0, 10**9))
 def test_a_truncated_manifest_is_noticed(tiny: Tiny, length: int) -> None:
     data = dump_manifest(tiny.manifest)

@@ -75,7 +75,7 @@ class Calls:
         monkeypatch.setattr(on_device_module, "download", read)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**16), size=st.integers(1, 33), thresholds=st.tuples(LEVELS, LEVELS))
 def test_answers_are_those_of_segments(
     tiny: Tiny, session: Session, seed: int, size: int, thresholds: tuple[float, float]
@@ -101,7 +101,7 @@ def segments(tiny: Tiny) -> Session:
 
 
 @pytest.mark.parametrize("worth", [(), (0.6, 0.6), (1.0, 1.0)])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**16), size=st.integers(1, 33))
 def test_every_row_may_have_thresholds_of_its_own(
     artifact: Artifact, worth: tuple[float, ...], seed: int, size: int

@@ -122,7 +122,7 @@ def subset_scores(records: Records, costs: Costs, tolerance: float, share: str) 
     return best
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cases(), st.sampled_from([0.0, 0.05, 0.2, 0.5]), st.sampled_from(["geometric", "equal"]))
 def test_the_budgeted_policies_take_the_best_subset(case: tuple[Records, Costs], tolerance: float, name: str) -> None:
     records, costs = case
@@ -204,7 +204,7 @@ def test_zero_tolerance_still_lets_the_sure_rows_go(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 @given(st.integers(0, 999), some_tolerance)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_head_dearer_than_what_it_saves_is_never_chosen(name: str, seed: int, tolerance: float) -> None:
     records, costs = simulated(60, 4, seed)
     behind = costs.segment.sum() - np.cumsum(costs.segment)

@@ -197,7 +197,7 @@ def test_run_all_gives_every_exit_for_every_row(session: Session, size: int) -> 
     np.testing.assert_array_equal(everything.confidence, everything.probabilities.max(axis=2, initial=-1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.integers(1, 40),

@@ -57,7 +57,7 @@ def hold_up(engine: BatchingEngine, host: FakeHost, model: str = "a") -> Receive
 TOLERANCES = st.one_of(st.none(), st.sampled_from([0, 0.001, 0.005, 0.01, 1.0]), st.just("each"))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 40), TOLERANCES), min_size=1, max_size=12),
     workers=st.integers(1, 3),

@@ -186,7 +186,7 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(steps=STEPS, most=st.integers(1, 9), budget=st.sampled_from([0.0, 5.0]))
 def test_every_row_is_drawn_once_in_whatever_order_workers_come(
     steps: list[tuple[object, ...]], most: int, budget: float

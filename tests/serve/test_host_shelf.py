@@ -217,7 +217,7 @@ OPERATIONS = st.lists(
 SIZES = st.lists(st.lists(st.integers(1, 30), min_size=STAGES, max_size=STAGES), min_size=2, max_size=4)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(OPERATIONS, SIZES, st.integers(5, 90), st.sampled_from(sorted(POLICIES)))
 def test_whatever_is_asked_and_in_whatever_order(
     made: tuple[Artifact, Stage],

@@ -36,7 +36,6 @@ INPUT = st.sampled_from(DTYPES).flatmap(lambda dtype: arrays.arrays(dtype, SHAPE
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
 @given(st.dictionaries(TEXT, INPUT, min_size=1, max_size=3), TEXT, st.integers(0, 9), st.integers(1, 7), st.data())
 def test_a_row_is_read_back_bit_for_bit(
     inputs: dict[str, np.ndarray], model: str, exit_: int, classes: int, data: st.DataObject
@@ -183,7 +182,7 @@ def test_many_threads_record_and_choose_at_once(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 2**63), st.lists(st.integers(0, 40), max_size=20), st.floats(0, 1))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_choosing_depends_on_seed_model_and_row_number_alone(seed: int, parts: list[int], rate: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         first, second = (recording(Path(folder) / name, rate=rate, seed=seed) for name in "ab")

@@ -41,7 +41,7 @@ def test_the_oldest_go_first_and_the_files_stay_within_the_limit(tmp_path: Path,
     assert check_recording(tmp_path) == len(left)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(st.integers(1, 12_000), min_size=20, max_size=120), st.integers(0, 1_000))
 def test_rows_of_any_sizes_stay_within_the_limit(sizes: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -188,7 +188,7 @@ def test_a_malformed_message_costs_only_its_own_error(
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_cost_only_their_own_error(running: Served, data: st.DataObject) -> None:
     """Also bytes that are almost right: a good message with a few of its bytes changed."""
     good = binary(batch(2), id="bad")
