@@ -66,7 +66,7 @@ build/zoo-env/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ZOO)
 	$(ZOO)/bin/pip install -q --disable-pip-version-check --upgrade pip "setuptools<80" wheel
 	$(ZOO)/bin/pip install -q --disable-pip-version-check torch torchvision timm transformers
-	$(ZOO)/bin/pip install -q --disable-pip-version-check --no-build-isolation -e ".[cpu,compile,serve,dev]"
+	$(ZOO)/bin/pip install -q --disable-pip-version-check --no-build-isolation -e ".[cpu,compile,dev]"
 	touch $@
 
 zoo: build/zoo-env/.installed

@@ -18,7 +18,7 @@ import numpy as np
 
 from offramp.compiler import Costs, Options, Recording
 from offramp.compiler.choose import choose_exits, records
-from offramp.compiler.measure import usable_cores
+from offramp.runtime.process import usable_cores
 from offramp.runtime.selection import disagreement, exits_taken, expected_cost
 
 SPLITS = 10  # per training seed

@@ -26,8 +26,9 @@ import numpy as np
 from benchmarks.recorded import BATCHES, FOLDER, Recorded, read
 from benchmarks.resplits import deal
 from benchmarks.tables import log, markdown, replace_block
-from offramp.compiler.measure import machine, usable_cores, versions
+from offramp.compiler.measure import machine, versions
 from offramp.runtime.errors import InputError
+from offramp.runtime.process import usable_cores
 from offramp.runtime.selection import (
     CERTIFIED,
     DISAGREEMENT,

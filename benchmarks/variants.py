@@ -37,11 +37,12 @@ from offramp.compiler import Head, HeadConfig, Options, Ready, Training, calibra
 from offramp.compiler.augment import find_augmentation, identity
 from offramp.compiler.distill import fresh_head
 from offramp.compiler.learner import Learner, divergence, softened
-from offramp.compiler.measure import machine, usable_cores, versions
+from offramp.compiler.measure import machine, versions
 from offramp.compiler.progress import bar
 from offramp.compiler.record import Recording
 from offramp.compiler.stream import Observed, Stream, mix
 from offramp.passes import row_shape
+from offramp.runtime.process import usable_cores
 
 RESULTS = Path(__file__).parent / "results" / "variants.json"
 PLAIN = "plain"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.export import ExportedProgram
 
 from offramp.passes import METRICS, Candidates, find_candidates
 from offramp.passes.backbone import SCORES
-from offramp.runtime.commands import Command, positive, write_arrays
+from offramp.runtime.commands import Command, byte_size, positive, write_arrays
 from offramp.runtime.data import open_data
 from offramp.runtime.errors import UsageError
 from offramp.runtime.reference import is_reference, load_reference
@@ -52,15 +51,6 @@ def _say(text: str) -> None:
 
 def _log(line: str) -> None:
     sys.stderr.write(f"offramp: {line}\n")
-
-
-def byte_size(text: str) -> int:
-    """An argparse type: bytes, plain or with a unit such as 2GiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]iB)?", text)
-    size = int(float(found[1]) * 1024 ** " KMG".index((found[2] or " ")[0])) if found else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MiB or 2GiB")
-    return size
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 from offramp.passes import METRICS, Backbone, ExitPlan, ExitProgram, PlannedExit, build_program, row_shape
 from offramp.runtime.engine import ModelBytes
 from offramp.runtime.manifest import StageSpec
+from offramp.runtime.process import usable_cores
 from offramp.runtime.selection import Costs
 from offramp.runtime.stage_times import ROUNDS, StageTimes, time_stages
 
-from . import measure
 from .distill import Head
 from .emit import SEGMENTS, emit, model_bytes
 from .heads import head_flops
@@ -74,7 +74,7 @@ def timed_costs(
         return plain if name == _PLAIN else model_bytes(files, name)
 
     size = len(next(iter(rows.values())))
-    cores = threads or measure.usable_cores()
+    cores = threads or usable_cores()
     return shared_out(time_stages((whole, *stages), model, (size,), cores, ROUNDS, rows))
 
 

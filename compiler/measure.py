@@ -10,7 +10,6 @@ The other plans of the dial are timed against the backbone in the same way, in f
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from offramp.runtime.data import Rows
 from offramp.runtime.engine import EngineSession, ModelBytes
 from offramp.runtime.execution import ASK, Executor, Segments, SingleFile
 from offramp.runtime.manifest import Timing
+from offramp.runtime.process import usable_cores
 from offramp.runtime.session import Session
 
 from .progress import bar
@@ -35,11 +35,6 @@ _SECONDS = 0.1  # per side and round: long enough for the clock, short enough to
 _PROVIDERS = ["CPUExecutionProvider"]
 
 Batch = dict[str, np.ndarray]
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Bench:

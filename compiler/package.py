@@ -33,6 +33,7 @@ from offramp.runtime.manifest import (
     TensorSpec,
     Timing,
 )
+from offramp.runtime.process import usable_cores
 from offramp.runtime.selection import CERTIFIED, DISAGREEMENT, POLICIES, RISKS, TOLERANCES, Costs, Records, Selection
 from offramp.runtime.session import load
 from offramp.runtime.stage_times import measure_stages
@@ -325,7 +326,7 @@ def _check(program: ExitProgram, artifact: Artifact, job: Job) -> None:
 def _chosen_by(options: Options) -> str | None:
     if options.cost != TIME:
         return None
-    return f"batch {options.cost_batch}, {options.threads or measure.usable_cores()} threads"
+    return f"batch {options.cost_batch}, {options.threads or usable_cores()} threads"
 
 
 def _worth_dropping(artifact: Artifact, job: Job) -> tuple[float, ...]:
@@ -335,7 +336,7 @@ def _worth_dropping(artifact: Artifact, job: Job) -> tuple[float, ...]:
         return ()
     largest, test = max(options.batches), job.splits.test
     rows = job.rows.take(test[np.arange(largest) % len(test)])
-    return measure_stages(artifact, largest, options.threads or measure.usable_cores(), _FEW, rows).worth_dropping()
+    return measure_stages(artifact, largest, options.threads or usable_cores(), _FEW, rows).worth_dropping()
 
 
 def _timings(artifact: Artifact, job: Job) -> tuple[tuple[Timing, tuple[float, ...]], ...]:
@@ -343,7 +344,7 @@ def _timings(artifact: Artifact, job: Job) -> tuple[tuple[Timing, tuple[float, .
     options = job.options
     if not options.batches or job.plain is None:
         return ()
-    bench = measure.Bench(artifact, job.plain, options.threads or measure.usable_cores())
+    bench = measure.Bench(artifact, job.plain, options.threads or usable_cores())
     plans = [[math.inf if t is None else t for t in plan.thresholds] for plan in job.plans]
     rounds, drawn = max(1, options.rounds // measure.DIAL_SHARE), (job.rows, job.splits.test)
     return tuple(

@@ -80,7 +80,7 @@ def _dispatch(argv: list[str]) -> int:
         sys.stdout.write(_overview(plugins.keys()))
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
-        sys.stdout.write(f"offramp {_version()}\n")
+        sys.stdout.write(f"offramp {own_version()}\n")
         return 0
     name, rest = argv[0], argv[1:]
     if name in BUILT_IN:
@@ -136,7 +136,8 @@ def _overview(plugins: Iterable[str]) -> str:
     return "\n".join([*lines, "", _EPILOG])
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Of the installed package."""
     try:
         return importlib.metadata.version("offramp")
     except importlib.metadata.PackageNotFoundError:

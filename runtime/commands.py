@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import secrets
 import sys
 import time
@@ -44,6 +45,18 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return number
+
+
+_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def byte_size(text: str) -> int:
+    """An argparse type: bytes, plain or with a unit such as 2GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or float(found[1]) * unit < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MiB or 2GiB")
+    return int(float(found[1]) * unit)
 
 
 def write_arrays(out: Path, arrays: Mapping[str, Any]) -> None:

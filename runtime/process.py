@@ -26,6 +26,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import os
 import sys
 import threading
 from typing import Any
@@ -129,6 +130,11 @@ def session_options(ort: Any, threads: int | None) -> Any:
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.enable_mem_pattern = False
     return options
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hand_back() -> bool:

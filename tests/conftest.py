@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from browsing import browser  # noqa: F401  # a fixture
 from hypothesis import settings
 from models import QUICK, Compiled
 

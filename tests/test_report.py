@@ -6,8 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ import pytest
 import torch
 from models import QUICK, Compiled
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from torch import nn
 
 from offramp.compiler import compile, prepare, split_rows
@@ -26,8 +23,6 @@ from offramp.runtime.errors import InputError, ModelError
 from offramp.runtime.selection import RISKS
 from offramp.runtime.table import human, percent
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 LARGEST = 600_000  # bytes, with a figure or three per exit
 
 TABLES = """return Object.fromEntries([...document.querySelectorAll("table")].map(t =>
@@ -40,23 +35,6 @@ LABELS = """return [...document.querySelectorAll("figure > svg")].map(s => [...s
             r.left >= f.left - 1 && r.right <= f.right + 1 && r.top >= f.top - 1 && r.bottom <= f.bottom + 1]}))"""
 
 Box = tuple[float, float, float, float, bool]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[webdriver.Chrome]:
-    """Headless Chromium; what the page logs and asks for is kept."""
-    binary = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("no Chromium with chromedriver here; install Debian's chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
 
 
 def opened(browser: webdriver.Chrome, artifact: Path, width: int = 1280) -> None:

@@ -27,7 +27,7 @@ from .infer import Infer, error_response
 from .limits import Settings
 from .metrics import Metrics
 from .stream import Streams
-from .work import Engine, Host, SegmentState
+from .work import Engine, Host, SegmentState, held
 
 PAGE = "page.html"
 # The page brings its own style and script, and may talk to its own server only.
@@ -87,12 +87,9 @@ class _Site:
         segments = self._host.segments()
         found = []
         for name in self._host.names():
-            hosted = self._host.hold(name)
-            try:
-                own = [segment for segment in segments if segment.model == name]
+            own = [segment for segment in segments if segment.model == name]
+            with held(self._host, name) as hosted:
                 found.append({"name": name, "digest": hosted.digest, **_described(hosted.manifest, own)})
-            finally:
-                hosted.release()
         return JSONResponse({"models": found})
 
 

@@ -24,8 +24,9 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
-from ..commands import Command, positive
+from ..commands import Command, byte_size, positive
 from ..errors import OfframpError, UsageError
+from ..process import usable_cores
 from .app import app
 from .engine import BatchingEngine
 from .guard import GuardedSocket, guarded
@@ -36,18 +37,7 @@ from .recording import Recording
 from .work import Engine, Host, Recorder
 
 PATIENCE = 30.0  # seconds for what was accepted, once the server is told to stop
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
-
-
-def size(text: str) -> int:
-    """An argparse type: bytes, as in 500MiB or 2GiB."""
-    found = _SIZE.fullmatch(text.strip())
-    unit = _UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or float(found[1]) * unit < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 500MiB or 2GiB")
-    return int(float(found[1]) * unit)
 
 
 def share(text: str) -> float:
@@ -80,7 +70,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("artifacts", nargs="+", metavar="[NAME=]ARTIFACT", help="directory or zip; the name is its file's by default")
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     add("--port", type=port, default=8000, metavar="N", help="0 takes a free one (default 8000)")
-    add("--memory-budget", type=size, metavar="SIZE", help="for all models together, like 2GiB (default: no limit)")
+    add("--memory-budget", type=byte_size, metavar="SIZE", help="of all segments, like 2GiB (default: no limit)")
     add("--policy", choices=["lru", "lfu", "cost"], default="lru", help="which segments leave memory first")
     add("--threads", type=positive, default=1, metavar="N", help="threads per stage (default 1)")
     add("--workers", type=positive, metavar="N", help="stages that run at the same time (default: cores / threads)")
@@ -95,9 +85,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("--insecure", action="store_true", help="listen beyond this machine without a token")
     add("--record", type=Path, metavar="DIR", help="keep a sample of rows, with the backbone's own answer, in a store")
     add("--record-rate", type=share, default=0.01, metavar="R", help="share of rows that are watched (default 0.01)")
-    add("--record-limit", type=size, default=1 << 30, metavar="SIZE", help="of the store (default 1GiB)")
+    add("--record-limit", type=byte_size, default=1 << 30, metavar="SIZE", help="of the store (default 1GiB)")
     add("--seed", type=int, default=0, metavar="N", help="which rows are watched (default 0)")
-    add("--max-message", type=size, default=16 << 20, metavar="SIZE", help="of one request (default 16MiB)")
+    add("--max-message", type=byte_size, default=16 << 20, metavar="SIZE", help="of one request (default 16MiB)")
     add("--max-rows", type=positive, default=4096, metavar="N", help="of one request (default 4096)")
     add("--max-connections", type=positive, default=256, metavar="N", help="at the same time (default 256)")
     add("--idle-seconds", type=seconds, default=60.0, metavar="S", help="until a silent socket is closed (default 60)")
@@ -275,7 +265,7 @@ def _build(
         recorder = recording
     engine = BatchingEngine(
         host,
-        workers=args.workers or max(1, _cores() // args.threads),
+        workers=args.workers or max(1, usable_cores() // args.threads),
         max_batch=args.max_batch,
         queue_rows=args.queue_rows,
         latency_budget=args.latency_budget_ms / 1e3,
@@ -284,11 +274,6 @@ def _build(
     )
     stack.callback(engine.close, 0.0)
     return engine, host
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ..cli import own_version
 from ..errors import BusyError, InputError, OfframpError, UnknownModelError, UsageError
 from ..inputs import name_arrays
 from ..manifest import Manifest, TensorSpec
@@ -35,7 +36,7 @@ from .body import RefusedError, read_body
 from .fields import asked, from_bytes, from_lists, identifier, mapping, parse_object, room_for, sequence, shape_of
 from .frames import told
 from .limits import Settings
-from .work import Asked, Engine, Host, Leaving, Observer
+from .work import Asked, Engine, Host, Leaving, Observer, held
 
 WORDS = {
     "bool": "BOOL",
@@ -118,18 +119,15 @@ class Infer:
     def known(self, request: Request) -> tuple[Manifest, str]:
         """The manifest and version of the model named in the path. Raises `UnknownModelError`."""
         name, version = request.path_params["name"], request.path_params.get("version")
-        hosted = self._host.hold(name)
-        try:
+        with held(self._host, name) as hosted:
             manifest, current = hosted.manifest, hosted.digest[:_VERSION_LENGTH]
-        finally:
-            hosted.release()
         if version is not None and version != current:
             raise UnknownModelError(f"model {name!r:.80} has version {current} here, not {version!r:.80}; ask for that")
         return manifest, current
 
     async def _server(self, request: Request) -> Response:
         return JSONResponse(
-            {"name": "offramp", "version": _own_version(), "extensions": ["binary_tensor_data", "model_repository"]}
+            {"name": "offramp", "version": own_version(), "extensions": ["binary_tensor_data", "model_repository"]}
         )
 
     async def _live(self, request: Request) -> Response:
@@ -155,9 +153,9 @@ class Infer:
     async def _index(self, request: Request) -> Response:
         found = []
         for name in self._host.names():
-            hosted = self._host.hold(name)
-            found.append({"name": name, "version": hosted.digest[:_VERSION_LENGTH], "state": "READY", "reason": ""})
-            hosted.release()
+            with held(self._host, name) as hosted:
+                version = hosted.digest[:_VERSION_LENGTH]
+            found.append({"name": name, "version": version, "state": "READY", "reason": ""})
         return JSONResponse(found)
 
     async def _load(self, request: Request) -> Response:
@@ -324,12 +322,3 @@ def _response(stated: dict[str, Any], answers: Answers, wanted: list[_Wanted]) -
     return Response(
         b"".join([header, *raw]), media_type="application/octet-stream", headers={_LENGTH: str(len(header))}
     )  # fmt: skip
-
-
-def _own_version() -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("offramp")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from ..manifest import Manifest
 from .tally import ModelTally, StageTally
-from .work import Engine, Host, SegmentState
+from .work import Engine, Host, SegmentState, held
 
 UNKNOWN = "(unknown)"  # all names that are not served: a client must not make labels
 _SHARES = (50.0, 95.0)
@@ -158,11 +158,8 @@ class Metrics(Collector):
 
 
 def _manifest(host: Host, name: str) -> Manifest:
-    hosted = host.hold(name)
-    try:
+    with held(host, name) as hosted:
         return hosted.manifest
-    finally:
-        hosted.release()
 
 
 def _stats(

@@ -23,7 +23,7 @@ from ..errors import InputError, OfframpError
 from .fields import Id
 from .frames import Frame, Message, answers, failure, open_binary, open_text
 from .limits import Settings
-from .work import Engine, Host, Leaving, Observer, Ticket
+from .work import Engine, Host, Leaving, Observer, Ticket, held
 
 IDLE = 1001  # close code
 
@@ -117,14 +117,13 @@ class _Stream:
 
     def _submit(self, frame: Frame, binary: bool) -> None:
         streams, settings = self._streams, self._settings
-        hosted = streams.host.hold(self._name)
+        with held(streams.host, self._name) as hosted:
+            inputs = hosted.manifest.inputs
         try:
-            request = frame.request(hosted.manifest.inputs, settings.max_rows)
+            request = frame.request(inputs, settings.max_rows)
         except InputError:
             streams.observer.refused(self._name, 0, "input")
             raise
-        finally:
-            hosted.release()
         self._taken += 1
         number = self._taken
         deliver = partial(self._deliver, number, frame.id, request.ids, binary)

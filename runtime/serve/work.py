@@ -11,7 +11,8 @@ All times are `time.monotonic()` seconds. Everything here may be called from any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -129,6 +130,16 @@ class Host(Protocol):
     def segments(self) -> list[SegmentState]: ...
 
     def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def held(host: Host, name: str) -> Iterator[Hosted]:
+    """The newest version for as long as it is looked at. Raises `UnknownModelError`."""
+    hosted = host.hold(name)
+    try:
+        yield hosted
+    finally:
+        hosted.release()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -16,7 +15,6 @@ from offramp.runtime.selection import Costs, Records, Selection
 
 Floats = NDArray[np.float64]
 TOLERANCES = (0.0, 0.03, 0.1, 0.29, 1 / 3, float(np.nextafter(0.3, 0.0)), 1.0)
-steady = settings(deadline=None)  # the time of one example says nothing on a busy machine
 some_tolerance = st.sampled_from(TOLERANCES)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulations import TOLERANCES, Floats, at_most, cases, cheapest, check, simulated, some_tolerance, steady
+from simulations import TOLERANCES, Floats, at_most, cases, cheapest, check, simulated, some_tolerance
 
 from offramp.runtime.selection import (
     POLICIES,
@@ -60,7 +60,6 @@ def test_joint_never_claims_less_than_the_optimum(case: tuple[Records, Costs], t
     assert at_most(cheapest(records, costs, tolerance), joint(records, costs, tolerance).expected_cost)
 
 
-@steady
 @given(st.integers(1, 500), st.data())
 def test_the_limit_is_the_most_whole_rows_within_the_tolerance(rows: int, data: st.DataObject) -> None:
     # 0.29 x 100 is 28.999..., and an ulp below 5/25, times 25, is 5.
@@ -71,7 +70,6 @@ def test_the_limit_is_the_most_whole_rows_within_the_tolerance(rows: int, data: 
     assert _limit(tolerance, rows) / rows <= tolerance
 
 
-@steady
 @given(cases(), st.integers(0, 2**24))
 def test_a_descent_ends_where_no_single_cut_helps(case: tuple[Records, Costs], weight: int) -> None:
     records, costs = case

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from simulations import Floats, at_most, cases, check, simulated, slow, some_tolerance, steady
+from simulations import Floats, at_most, cases, check, simulated, slow, some_tolerance
 
 from offramp.runtime.errors import InputError, UsageError
 from offramp.runtime.selection import (
@@ -28,7 +28,6 @@ from offramp.runtime.selection import (
 )
 
 
-@steady
 @given(cases(), st.data())
 def test_evaluation_equals_a_row_at_a_time(case: tuple[Records, Costs], data: st.DataObject) -> None:
     records, costs = case
@@ -55,7 +54,6 @@ def test_evaluation_by_hand() -> None:
     assert oracle_cost(records, costs) == (1 + 1 + 7 + 3) / 4
 
 
-@steady
 @given(cases())
 def test_no_plan_beats_the_oracle(case: tuple[Records, Costs]) -> None:
     records, costs = case
@@ -65,7 +63,6 @@ def test_no_plan_beats_the_oracle(case: tuple[Records, Costs]) -> None:
     assert at_most(oracle_cost(records, costs), joint(records, costs, 0.0).expected_cost)
 
 
-@steady
 @given(cases(most_candidates=1), some_tolerance)
 def test_equation_3_equals_brute_force(case: tuple[Records, Costs], budget: float) -> None:
     confidence, agrees = case[0].confidence[:, 0], case[0].agrees[:, 0]
@@ -92,7 +89,6 @@ def test_equation_3_by_hand() -> None:
     assert equation_3_threshold(tied, np.array([True, False, True]), 0.0) == math.inf
 
 
-@steady
 @given(cases(), some_tolerance)
 def test_every_policy_keeps_the_tolerance_and_joint_is_never_dearer(
     case: tuple[Records, Costs], tolerance: float
@@ -148,7 +144,6 @@ def test_growing_a_subset_comes_close_to_trying_all(
     assert exact.expected_cost < costs.segment.sum()
 
 
-@steady
 @given(cases(), some_tolerance, st.integers(0, 99))
 def test_the_order_of_the_rows_is_irrelevant(case: tuple[Records, Costs], tolerance: float, seed: int) -> None:
     records, costs = case

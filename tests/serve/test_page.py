@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from web_help import Served, ask, served, until
 
 from offramp.runtime.serve.limits import Settings
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 TABLES = """const tables = {};
 for (const section of document.querySelectorAll("section")) {
   const own = tables[section.dataset.model] = {};
@@ -29,23 +24,6 @@ PATHS = """const chart = `section[data-model="${arguments[0]}"] [data-chart="${a
 return [...document.querySelectorAll(chart + " path")].map(p => p.getAttribute("d"));"""
 BOXES = """return [...document.querySelectorAll("svg, table, h1, h2, h3, .line, header")].map(e => {
     const r = e.getBoundingClientRect(); return [e.tagName, r.left, r.right, r.height] })"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[webdriver.Chrome]:
-    """Headless Chromium; what the page logs and asks for is kept."""
-    binary = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("no Chromium with chromedriver here; install Debian's chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
 
 
 def opened(browser: webdriver.Chrome, running: Served, width: int = 1280) -> None:

@@ -24,6 +24,7 @@ from websockets.sync.client import connect
 
 import offramp.runtime
 from offramp.runtime.cli import main
+from offramp.runtime.commands import byte_size
 from offramp.runtime.errors import UsageError
 from offramp.runtime.serve import command
 
@@ -64,10 +65,10 @@ def test_models_go_by_their_files_names_or_the_ones_given(words: list[str], name
 )  # fmt: skip
 def test_sizes(text: str, bytes: int | None) -> None:
     if bytes is not None:
-        assert command.size(text) == bytes
+        assert byte_size(text) == bytes
         return
     with pytest.raises(argparse.ArgumentTypeError):
-        command.size(text)
+        byte_size(text)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_other_mistakes_are_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys
     for words, says in (
         (["--host", "0.0.0.0"], "--insecure"),
         (["--token-file", "/nowhere/token"], "/nowhere/token: cannot be read"),
-        (["--memory-budget", "much"], "'much' is not a size"),
+        (["--memory-budget", "much"], "'much' is no size such as"),
         (["--port", "x"], "'x' is not a port"),
     ):
         assert main(["serve", "a.offramp", *words]) == 2
