@@ -10,6 +10,9 @@ width follows from it, so one space serves every backbone and every depth. `lear
 
 from __future__ import annotations
 
+import bisect
+import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,16 +121,19 @@ def configure(
 
 
 def _widest(name: str, settings: Callable[[int], Settings], shape: Shape, classes: int, most: float) -> HeadConfig:
-    best = HeadConfig(name, settings(WIDTHS[0]))
-    for width in WIDTHS[1:]:
-        wider = HeadConfig(name, settings(width))
-        if head_flops(wider, shape, classes) > most:
-            break
-        best = wider
-    return best
+    def price(width: int) -> int:
+        return head_flops(HeadConfig(name, settings(width)), shape, classes)
+
+    within = bisect.bisect_right(WIDTHS, most, key=price)  # wider is dearer
+    return HeadConfig(name, settings(WIDTHS[max(within, 1) - 1]))
 
 
 def head_flops(config: HeadConfig, shape: Shape, classes: int) -> int:
     """FLOPs per row; nothing is allocated."""
+    return _flops(config.family, json.dumps(config.settings, sort_keys=True), shape, classes)
+
+
+@functools.lru_cache(maxsize=4096)  # a search asks for the same few sizes again and again
+def _flops(family: str, settings: str, shape: Shape, classes: int) -> int:
     with torch.device("meta"):
-        return module_flops(build_head(config, shape, classes), shape)
+        return module_flops(build_head(HeadConfig(family, json.loads(settings)), shape, classes), shape)
