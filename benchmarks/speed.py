@@ -72,8 +72,8 @@ TITLES = {
     "heads_alone": "heads alone", "eager": "eager PyTorch", "earlyon": "earlyon", "smaller": "smaller model",
 }  # fmt: skip
 SHOWN = (1, 8, 32, 128)  # batches
-RIVALLED = ("resnet20", "resnet56")  # by earlyon
-SMALLER = {"resnet56": "resnet20"}
+RIVALLED = ("resnet20", "resnet56", "resnet56_long")  # by earlyon
+SMALLER = {"resnet56": "resnet20", "resnet56_long": "resnet20"}
 LARGEST = {"resnet50": 32}  # batch
 PANELS = 4  # in a row of the plot
 WARM = 2  # rounds that are not counted

@@ -56,7 +56,7 @@ def shortlist(records: Records, costs: Costs, tolerance: float, limit: int) -> t
 
 
 def _plans(records: Records, costs: Costs, tolerance: float) -> list[Selection]:
-    return [joint(records, costs, min(1.0, a * tolerance)) for a in AROUND]
+    return [joint(records, costs, min(1.0, a * tolerance), work=0) for a in AROUND]
 
 
 def _spent(records: Records, costs: Costs, tolerance: float) -> float:

@@ -74,12 +74,13 @@ def equal(records: Records, costs: Costs, tolerance: float) -> Selection:
     return _checked("equal", records, costs, tolerance, _equal)
 
 
-def joint(records: Records, costs: Costs, tolerance: float) -> Selection:
+def joint(records: Records, costs: Costs, tolerance: float, *, work: float = WORK) -> Selection:
     """Subset and thresholds chosen together; on these records never dearer than `geometric` or `equal`.
 
-    Without recorded chances the cheapest plan for these very rows that the search finds.
+    Without recorded chances the cheapest plan for these very rows that the search finds; `work` bounds its last and
+    finest moves, see `search`.
     """
-    return _checked("joint", records, costs, tolerance, _joint)
+    return _checked("joint", records, costs, tolerance, functools.partial(_joint, work=work))
 
 
 POLICIES: dict[str, Callable[[Records, Costs, float], Selection]] = {
@@ -118,13 +119,13 @@ def _equal(records: Records, costs: Costs, columns: tuple[Column, ...], toleranc
     return _within(records, costs, columns, tolerance, lambda budget, _n, size: budget / size)
 
 
-def _joint(records: Records, costs: Costs, columns: tuple[Column, ...], tolerance: float) -> Ints:
+def _joint(records: Records, costs: Costs, columns: tuple[Column, ...], tolerance: float, *, work: float) -> Ints:
     if records.predicted:
         plans = [boldest(columns, records.risk, records.risk, costs.segment, costs.head, tolerance)]
     else:
         plans = [policy(records, costs, columns, tolerance) for policy in (_geometric, _equal)]
         if records.chance is None:
-            plans.append(search(columns, records.risk, costs.segment, costs.head, tolerance, plans, WORK))
+            plans.append(search(columns, records.risk, costs.segment, costs.head, tolerance, plans, work))
         else:
             plans.append(boldest(columns, _shrunk(records), records.risk, costs.segment, costs.head, tolerance))
 
