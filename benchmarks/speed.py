@@ -20,11 +20,11 @@ Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exi
 one process with the same number of threads; all ONNX Runtime sessions on one pool of them, as `share_threads` makes it,
 or with --own-pools each on its own, as without that call. In every round each answers the same batches of test rows,
 the order turned by one and every second time backwards; ratios are taken within a round. The README shows some batches,
-the JSON file and the plot all. Every variant's disagreement
-with the backbone, change in accuracy and exits over all test rows stand beside its times. Peak memory is that of a
-fresh process which loads one form and answers batches of 32, above numpy, onnxruntime and the rows. Writes
-benchmarks/results/speed.json after each task, keeping tasks that are not asked for, the README's tables and
-docs/speed.svg.
+the JSON file and the plot all. Every variant's disagreement with the backbone, change in accuracy and exits over all test
+rows stand beside its times. Peak memory is that of a fresh process which loads one form and answers batches of 32, above
+numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by `onnx.save_model(...,
+save_as_external_data=True)`, in a plain session. Writes benchmarks/results/speed.json after each task, keeping tasks that
+are not asked for, the README's tables and docs/speed.svg.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import onnx
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, NullLocator
@@ -56,7 +57,7 @@ from benchmarks.tasks import TASKS, Task
 from benchmarks.trained import KINDS, WORK, heads_of, made_ready, options_of
 from offramp.compiler import ALL_TARGETS, Ready, Training, capture, finish
 from offramp.compiler.costs import TIME
-from offramp.compiler.emit import SCRIPT, SEGMENTS, backbone_model
+from offramp.compiler.emit import SCRIPT, SEGMENTS, WHOLE, backbone_model
 from offramp.compiler.measure import Bench, machine, versions
 from offramp.compiler.stream import tensors
 from offramp.runtime import Answers, load, share_threads
@@ -91,7 +92,7 @@ form, path, rows, threads, size = *sys.argv[1:3], dict(np.load(sys.argv[3])), *m
 count = len(next(iter(rows.values())))
 work = [{name: values[at : at + size] for name, values in rows.items()} for at in range(0, count, size)]
 before = peak()
-if form == "plain":
+if form in ("plain", "beside"):
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -223,14 +224,15 @@ def memory(ready: Ready, artifact: Artifact, threads: int) -> dict[str, float]:
     assert not ready.plain.external, "a model with its weights in other files needs them written too"
     test = ready.splits.test
     picked = test[np.arange(MEMORY_BATCH * MEMORY_CALLS) % len(test)]
-    told: dict[str, list[float]] = {"plain": [], "segments": [], "single-file": [], "base": []}
+    told: dict[str, list[float]] = {"plain": [], "segments": [], "single-file": [], "beside": [], "base": []}
     with tempfile.TemporaryDirectory() as folder:
-        plain, rows = Path(folder) / "plain.onnx", Path(folder) / "rows.npz"
-        plain.write_bytes(ready.plain.proto)
+        files = {form: Path(folder) / f"{form}.onnx" for form in ("plain", "beside")}
+        rows = Path(folder) / "rows.npz"
+        files["plain"].write_bytes(ready.plain.proto)
+        onnx.save_model(onnx.load(artifact.path / WHOLE), files["beside"], save_as_external_data=True)
         np.savez(rows, **ready.rows.take(picked))  # type: ignore[arg-type]  # numpy's stub takes a flag among the names
         for form in [name for name in told if name != "base"] * MEMORY_RUNS:
-            path = plain if form == "plain" else artifact.path
-            given = map(str, (form, path, rows, threads, MEMORY_BATCH))
+            given = map(str, (form, files.get(form, artifact.path), rows, threads, MEMORY_BATCH))
             said = subprocess.run([sys.executable, "-c", MEMORY, *given], check=True, stdout=subprocess.PIPE, text=True)
             peak, base = map(float, said.stdout.split())
             told[form].append(peak)
@@ -316,9 +318,13 @@ def answer_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def memory_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Peak memory at batch 32."""
-    forms = ("plain", "segments", "single_file")
-    rows = [[title(r), *(f"{r['memory'][f'{form}_mib']:.1f} MiB" for form in forms)] for r in results]
-    return markdown((f"peak memory, batch {MEMORY_BATCH}", *(TITLES[form] for form in forms)), rows)
+    forms = ("plain", "segments", "single_file", "beside")
+    rows = []
+    for result in results:
+        seen = [result["memory"].get(f"{form}_mib") for form in forms]
+        rows.append([title(result), *("" if mib is None else f"{mib:.1f} MiB" for mib in seen)])
+    names = {**TITLES, "beside": "single file, weights beside"}
+    return markdown((f"peak memory, batch {MEMORY_BATCH}", *(names[form] for form in forms)), rows)
 
 
 def tables(results: Sequence[Mapping[str, Any]]) -> str:
