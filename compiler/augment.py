@@ -5,7 +5,9 @@ An augmentation maps a batch of inputs by name to another batch and a seeded gen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from types import CodeType
 
 import torch
 
@@ -110,6 +112,24 @@ def apply(augment: Augment, batch: Batch, generator: torch.Generator) -> Batch:
                 f"augmentation {name_of(augment)} does not give {name} {x.dtype} {list(x.shape)}; {remedy}"
             )
     return made
+
+
+def identity_of(augment: Augment) -> str:
+    """What tells one augmentation from another: its name, and of a person's own the code and what is bound to it."""
+    if augment in AUGMENTATIONS.values():
+        return name_of(augment)
+    if isinstance(augment, functools.partial):
+        return f"{identity_of(augment.func)} of {augment.args!r} {sorted(augment.keywords.items())!r}"
+    called = augment if hasattr(augment, "__code__") else vars(type(augment)).get("__call__")
+    told = _told(getattr(called, "__code__", None))
+    return f"{name_of(augment)} {told!r} {getattr(augment, '__dict__', {})!r}"
+
+
+def _told(code: object) -> object:
+    """What a function does, the functions inside it too; a constant is itself."""
+    if not isinstance(code, CodeType):
+        return code
+    return (code.co_code, code.co_names, tuple(_told(constant) for constant in code.co_consts))
 
 
 def name_of(augment: Augment) -> str:

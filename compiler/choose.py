@@ -28,6 +28,8 @@ def choose_exits(
 ) -> tuple[Selection, Certificate | None, int]:
     """The exits of the policy asked for, the certificate if it gives one, and how many sets of exits the certification
     rows decided between."""
+    if options.tolerance == 0 and options.policy != CERTIFIED:  # that no selection row disagreed promises nothing
+        return Selection((), (), options.policy, 0.0, float(price.reach[-1]), 0.0), None, 1
     if options.policy != CERTIFIED:
         return select(options.policy, recorded["select"], price, options.tolerance), None, 1
     found = certified(recorded["select"], recorded["certify"], price, options.tolerance, options.delta, _watched)

@@ -281,7 +281,12 @@ def _run_compile(args: argparse.Namespace) -> int:
         targets=tuple(dict.fromkeys(args.target)) if args.target else None,
         precision=args.precision,
         training=Training(epochs=args.epochs, augment=args.augment, device=args.device, kept_bytes=args.disk_budget),
-        search=Search(engine=args.search, trials=args.trials, spaces=read_spaces(args.space) if args.space else {}),
+        search=Search(
+            engine=args.search,
+            trials=args.trials,
+            waves=min(Search.waves, args.trials),
+            spaces=read_spaces(args.space) if args.space else {},
+        ),
         memory_budget=args.memory_budget,
         max_candidates=args.max_candidates,
         cost=args.cost,

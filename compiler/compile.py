@@ -5,6 +5,7 @@ capture -> candidates -> distil -> calibrate -> record -> select -> build -> emi
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,7 @@ from .static import capture_static
 from .stream import tensors
 
 _EXAMPLE_ROWS = 8
+_HEADS, _SEARCH = "heads", "search"  # folders of checkpoints, a number behind each
 _MARGIN = 0.05  # by which a head's loss must be under that of a constant answer
 
 
@@ -93,8 +95,17 @@ def compile(
     heads = train(ready, options, kept, say)
     manifest = finish(ready, heads, out, options, say)
     if work is None:
-        shutil.rmtree(kept, ignore_errors=True)
+        _clear(kept)
     return manifest
+
+
+def _clear(work: Path) -> None:
+    """Remove what training left there, and the folder where nothing else is in it."""
+    for part in work.glob("*[0-9]"):
+        if part.name.rstrip("0123456789") in (_HEADS, _SEARCH):
+            shutil.rmtree(part, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        work.rmdir()
 
 
 def prepare(
@@ -226,12 +237,12 @@ def train(ready: Ready, options: Options, folder: Path, say: Say = lambda line: 
         if search.engine != NONE:
             found = search_heads(
                 backbone, group, rows, learn=splits.distil, select=splits.select, tolerance=options.tolerance,
-                search=search, training=training, seed=options.seed, folder=folder / f"search{index}", report=say,
+                search=search, training=training, seed=options.seed, folder=folder / f"{_SEARCH}{index}", report=say,
             )  # fmt: skip
         taken = tuple(candidate for candidate in group if candidate.name in found.shortlist)
         heads += distil(
             backbone, taken, found.configs, rows, learn=splits.distil, validate=splits.calibrate, training=training,
-            seed=options.seed, rates=found.rates, folder=folder / f"heads{index}", report=say,
+            seed=options.seed, rates=found.rates, folder=folder / f"{_HEADS}{index}", report=say,
         )  # fmt: skip
     return tuple(heads)
 

@@ -23,7 +23,7 @@ from torch import nn
 from offramp.passes import Backbone, Candidate, row_shape
 from offramp.runtime.data import Rows
 
-from .augment import find_augmentation, name_of
+from .augment import find_augmentation, identity_of
 from .checkpoint import load_state, make_folder, save_state
 from .heads import HeadConfig, Shape, build_head, default_head
 from .kept import Kept
@@ -183,7 +183,7 @@ class _Trainer:
 def job_fingerprint(stream: Stream, *parts: np.ndarray) -> str:
     """Backbone, augmentation and row indices in full, of the rows themselves some: enough to tell jobs apart."""
     digest = hashlib.sha256(stream.backbone.fingerprint().encode())
-    digest.update(name_of(stream.augment).encode())
+    digest.update(identity_of(stream.augment).encode())
     for part in parts:
         digest.update(part.tobytes())
     some = parts[0][:: max(1, len(parts[0]) // 64)]

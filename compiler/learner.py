@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from offramp.runtime.errors import UsageError
+
 from .stream import LAYOUT, lay_out
 from .training import Training
 
@@ -78,9 +80,15 @@ class Learner:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state` of a learner that was made alike."""
-        self.module.load_state_dict(state["module"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        """Go on from a `state` of a learner made alike. Raises `UsageError` where its head has other weights."""
+        try:
+            self.module.load_state_dict(state["module"])
+            self.optimiser.load_state_dict(state["optimiser"])
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                "the checkpoint to go on from holds heads that are built otherwise today; remove its folder, which "
+                "ends in .work or is what --work names, to train them anew"
+            ) from error
         self.schedule.load_state_dict(state["schedule"])
         self._best, self.loss = state["best"], state["loss"]
 

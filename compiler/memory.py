@@ -46,7 +46,7 @@ def groups(
         if alone > budget:
             raise UsageError(
                 f"training at {candidate.place} takes about {_mib(alone)}, the memory budget is {_mib(budget)}; "
-                f"give it more, or make batches of fewer than {batch} rows"
+                f"give it more, or let heads learn from fewer than {batch} rows at a time (Training.batch)"
             )
         if not found or passing + held + value + state + max(step, value * _STEP) > budget:
             found.append([])

@@ -227,6 +227,7 @@ def _records_file(job: Job) -> bytes:
         "head_flops": job.costs.head,
     }
     arrays["sets"] = np.array(job.sets)
+    arrays["delta"] = np.array(job.options.delta)
     for part, kept in job.recorded.items():
         arrays |= {f"{part}_{name}": values for name, values in kept.arrays().items()}
     return _npz(arrays)

@@ -22,7 +22,7 @@ from offramp.runtime.data import Rows
 from .capture import bind
 from .distill import Head
 from .progress import bar
-from .stream import batches, tensors
+from .stream import batches, check_finite, tensors
 
 _BATCH = 128
 
@@ -85,7 +85,9 @@ def record(backbone: Backbone, heads: Sequence[Head], data: Rows, rows: np.ndarr
         for piece in bar(pieces, f"record {what}"):
             answer, *values = taps(*bind(backbone.inputs, tensors(data, piece), backbone.name))
             span = slice(done, done + len(piece))
-            scores[span] = probabilities(answer, backbone.scores, 1.0).numpy()
+            given = probabilities(answer, backbone.scores, 1.0)
+            check_finite(given, piece, backbone.name)
+            scores[span] = given.numpy()
             for index, (head, value) in enumerate(zip(heads, values, strict=True)):
                 logits[index, span] = head.module(value).numpy()
             done += len(piece)

@@ -93,7 +93,7 @@ def _promise(manifest: Manifest) -> str:
     return (
         f"At most {most} on new rows drawn as these were; wrong with probability {percent(evidence.delta, 0)} at most "
         f"({seen} {evidence.rows:,} certification rows, which nothing else has seen; "
-        f"upper bound {percent(evidence.bound, 2)})."
+        f"bound for this plan alone {percent(evidence.bound, 2)})."
     )
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from offramp.passes import Backbone, Candidate, probabilities
 from offramp.passes.taps import tap
 from offramp.runtime.data import Rows
+from offramp.runtime.errors import ModelError
 
 from .augment import Augment, apply, identity
 from .capture import bind
@@ -77,20 +78,33 @@ class Stream:
         """The batches of an epoch, augmented."""
         generator = torch.Generator().manual_seed(mix(self.seed, epoch + 1_000_003))
         for piece in pieces:
-            yield self.observe(apply(self.augment, tensors(self.data, piece), generator))
+            yield self.observe(apply(self.augment, tensors(self.data, piece), generator), piece)
 
     def plain(self, rows: np.ndarray) -> Iterator[Observed]:
         """Rows in order, as they are."""
         for piece in batches(rows, self.batch):
-            yield self.observe(tensors(self.data, piece))
+            yield self.observe(tensors(self.data, piece), piece)
 
-    def observe(self, batch: Mapping[str, torch.Tensor]) -> Observed:
-        """One pass of the frozen backbone."""
+    def observe(self, batch: Mapping[str, torch.Tensor], rows: np.ndarray) -> Observed:
+        """One pass of the frozen backbone over `rows` of the data, as `batch` shows them. Raises `ModelError`."""
         inputs = bind(self.backbone.inputs, batch, self.backbone.name)
         laid_out = (x.to(memory_format=LAYOUT) if x.dim() == 4 else x for x in inputs)
         with torch.no_grad():
             scores, *values = self._taps(*(x.to(self.device) for x in laid_out))
-            return Observed(probabilities(scores, self.backbone.scores, 1.0), list(values))
+            target = probabilities(scores, self.backbone.scores, 1.0)
+            check_finite(target, rows, self.backbone.name)
+            return Observed(target, list(values))
+
+
+def check_finite(target: torch.Tensor, rows: np.ndarray, name: str) -> None:
+    """Raises `ModelError` naming the first of `rows` whose probabilities `target` [B, K] are not all numbers."""
+    wrong = (~torch.isfinite(target)).any(1)
+    if wrong.any():
+        row = int(rows[int(wrong.nonzero()[0])])
+        raise ModelError(
+            f"{name} gives a score that is not finite for row {row} of the data, as it is or as it was augmented; "
+            "check the model on that row, or leave it out"
+        )
 
 
 def tensors(data: Rows, rows: np.ndarray) -> dict[str, torch.Tensor]:

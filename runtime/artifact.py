@@ -140,11 +140,14 @@ def check_output(target: Path) -> None:
 
     Only the names are taken from the old manifest, however old or damaged it is.
     """
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise UsageError(f"{target}: exists and is not an artifact directory; choose another output or remove it")
-    present = {p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir()}
+    try:
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise UsageError(f"{target}: exists and is not an artifact directory; choose another output or remove it")
+        present = {p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir()}
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be looked at ({error.strerror}); choose another output") from error
     if not present:
         return
     strangers = sorted(present - _listed_names(target / MANIFEST_NAME))

@@ -114,7 +114,7 @@ def _describe(artifact: Artifact) -> str:
         limits = ", ".join("never" if limit is None else f"{limit:.4f}" for limit in plan.thresholds)
         mark = "*" if index == manifest.default_plan else " "
         proof = plan.certificate
-        sure = f"{1 - proof.delta:.0%} sure of at most {percent(proof.bound, 2)}" if proof else "not certified"
+        sure = f"{1 - proof.delta:.0%} sure of at most {percent(plan.tolerance, 2)}" if proof else "not certified"
         lines.append(f"  {mark} tolerance {percent(plan.tolerance, 2)}, {plan.policy}: {limits or 'no exit'} ({sure})")
     lines += ["", f"Files in {artifact.path}, all checked"]
     lines += [
@@ -155,7 +155,11 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     out = Path(args.output)
-    if out.is_dir() or not out.parent.is_dir():
+    try:
+        misplaced = out.is_dir() or not out.parent.is_dir()
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be looked at ({error.strerror}); choose another file") from error
+    if misplaced:
         raise UsageError(f"{out}: is a folder or lies in none; give a file name in a folder that exists")
     providers = args.providers.split(",") if args.providers else None
     with load(args.artifact, providers=providers, threads=args.threads, tolerance=args.tolerance) as session:
@@ -229,11 +233,14 @@ def _configure_tune(parser: argparse.ArgumentParser) -> None:
 def _tune(args: argparse.Namespace) -> int:
     rows = None
     if args.data is not None:
-        data = open_data(args.data, inputs=open_artifact(args.artifact).manifest.inputs)
+        manifest = open_artifact(args.artifact).manifest
+        preprocessing = manifest.preprocessing if Path(args.data).is_dir() else None
+        data = open_data(args.data, inputs=manifest.inputs, preprocessing=preprocessing)
         rows = data.take(np.arange(args.batch) % len(data))
     objective = Objective(args.batch, args.percentile)
     made = tune(
         args.artifact, args.output, objective=objective, threads=args.threads, tolerance=args.tolerance, rows=rows,
+        say=lambda line: _say(f"note: {line}\n"),
         machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
     )  # fmt: skip
     _say(f"{render(made)}\n\ntuned artifact in {args.output}")

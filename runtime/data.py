@@ -96,20 +96,29 @@ def open_data(
     of their names.
     """
     text, path = str(spec), Path(spec)
+    folder = _kind_of(path) is True
     if labels not in (None, "folders"):
         raise UsageError(f"labels is {labels!r}; give 'folders' or leave it out")
-    if (preprocessing is not None or labels is not None) and not path.is_dir():
+    if (preprocessing is not None or labels is not None) and not folder:
         raise UsageError(f"{text}: preprocessing and labels from folders are for folders of images; leave them out")
     rows: Rows
-    if path.is_dir():
+    if folder:
         rows = open_images(path, preprocessing, UNNAMED, labels)
     elif is_reference(text):
         rows = _from_callable(text)
-    elif not path.exists():
+    elif _kind_of(path) is None:
         raise InputError(f"{text}: does not exist; give a .npy, an .npz, a folder of images or package.module:name")
     else:
         rows = _from_file(path, inputs)
     return rows if inputs is None else fit_rows(rows, inputs)
+
+
+def _kind_of(path: Path) -> bool | None:
+    """Whether it is a folder; None: it is not there. Raises `InputError` where looking is not allowed."""
+    try:
+        return path.is_dir() if path.exists() else None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be looked at ({error.strerror}); check its folder's permissions") from error
 
 
 def fit_rows(rows: Rows, inputs: Sequence[TensorSpec]) -> Rows:
@@ -145,7 +154,7 @@ def _from_file(path: Path, inputs: Sequence[TensorSpec] | None) -> ArrayRows:
         raise InputError(f"{path}: neither .npy nor .npz, nor a folder; save the rows with numpy.save")
     try:
         arrays = _read_arrays(path)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
             f"{path}: cannot be read as arrays ({error}); save plain arrays with numpy.save or numpy.savez"
         ) from error
@@ -155,13 +164,21 @@ def _from_file(path: Path, inputs: Sequence[TensorSpec] | None) -> ArrayRows:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+    """numpy goes by what a file holds, not by its name. Raises numpy's errors, `ValueError` where they differ."""
     try:
-        return {UNNAMED: np.load(path, mmap_mode="r", allow_pickle=False)}
+        held = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError:  # an array without rows cannot be mapped
-        return {UNNAMED: np.load(path, allow_pickle=False)}
+        held = np.load(path, allow_pickle=False)
+    if isinstance(held, np.ndarray):
+        arrays: dict[str, Any] = {UNNAMED: held}
+    else:
+        with held:
+            arrays = {name: held[name] for name in held.files}
+    if isinstance(held, np.ndarray) == (path.suffix == ".npz"):
+        raise ValueError(f"it is a .{'npy' if isinstance(held, np.ndarray) else 'npz'} under another name")
+    if strangers := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
+        raise ValueError(f"{strangers[0]!r} in it is no array")
+    return arrays
 
 
 def _from_callable(text: str) -> ArrayRows:

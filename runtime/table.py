@@ -69,7 +69,7 @@ def _promise(plan: Plan, risk: str) -> str:
     return (
         f": no more {risk} on new rows, wrong with probability {percent(evidence.delta, 0)} at most\n"
         f"({_seen(evidence, risk)}; "
-        f"upper bound {percent(evidence.bound, 2)})"
+        f"bound for this plan alone {percent(evidence.bound, 2)})"
     )
 
 

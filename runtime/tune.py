@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from .artifact import Artifact, check_output, open_artifact, write_artifact
-from .errors import ArtifactError, ToleranceError, UsageError
+from .errors import ArtifactError, InputError, ToleranceError, UsageError
+from .inputs import check_batch
 from .manifest import Evaluation, ExitEvaluation, Manifest, Plan, Tuned
 from .selection import (
     CERTIFIED,
@@ -36,6 +37,7 @@ from .selection import (
     joint,
     plan_without_exits,
     plans_over,
+    rows_needed,
     select,
     upper_bound,
 )
@@ -55,6 +57,7 @@ class Stored:
     recorded: Mapping[str, Records]  # select, certify, test
     right: np.ndarray | None  # [test rows, exits] bool: answers that the labels confirm, the backbone's last
     sets: int  # of exits, that the certification rows decided between
+    delta: float  # asked for when it was compiled
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Objective:
 
     def of(self, exits: np.ndarray, asked: Sequence[bool], times: StageTimes) -> float:
         """Milliseconds. `exits` [rows] is where each leaves; rows come in batches, in their order."""
-        batches = np.array_split(exits, max(1, len(exits) // self.batch))
+        # Whole batches: the first rows again fill up the last.
+        batches = np.resize(exits, (-(-len(exits) // self.batch), self.batch))
         stages = len(times.silent)
         taken, until = 0.0, []
         for one in batches:
@@ -87,19 +91,21 @@ class Objective:
             taken += sum(each)
             until.append(np.cumsum(each)[one])
         if self.percentile is None:
-            return taken / len(exits)
+            return taken / batches.size
         return float(np.percentile(np.concatenate(until), self.percentile))
 
 
 def tune(
     path: str | os.PathLike[str], out: str | os.PathLike[str], *, objective: Objective | None = None,
     threads: int | None = None, tolerance: float | None = None, rows: Mapping[str, np.ndarray] | None = None,
-    machine: str = "",
+    machine: str = "", say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:  # fmt: skip
     """Measure the artifact at `path` here and write it to `out` with plans for this machine; returns its manifest.
 
     `tolerance` is the default one of the new artifact, None the old one's. `rows` are inputs to measure on, which
-    matters where a free size is long. Raises `ArtifactError`, `UsageError` or `StorageError`; then `out` is as it was.
+    matters where a free size is long; fewer than the objective's batch are repeated. `say` receives a line where the
+    default plan loses its certificate. Raises `ArtifactError`, `InputError`, `UsageError` or `StorageError`; then `out`
+    is as it was.
     """
     objective = objective or Objective()
     check_output(Path(out))  # before minutes of measuring
@@ -108,10 +114,17 @@ def tune(
     if len(manifest.exits) == 1:
         raise UsageError(f"{path}: has no exits to choose among; compile with a larger tolerance")
     stored = read_records(artifact)
+    if rows is not None:
+        given, count = check_batch(rows, manifest.inputs)
+        if not count:
+            raise InputError("no rows to measure on; give at least one, or leave rows out")
+        rows = {name: values[np.arange(objective.batch) % count] for name, values in given.items()}
     times = measure_stages(artifact, objective.batch, threads, rows=rows)
     plans = retuned(manifest, stored, times, objective, tolerance)
     default = next(i for i, p in enumerate(plans) if p.tolerance == _wanted(manifest, tolerance))
     before, after = manifest.plans[manifest.default_plan], plans[default]
+    if before.certificate is not None and after.certificate is None:
+        say(_lost(after, stored))
     kept = stored.recorded["select"]
     tuned = Tuned(
         machine=machine,
@@ -138,6 +151,17 @@ def tune(
     return made
 
 
+def _lost(plan: Plan, stored: Stored) -> str:
+    held, needed = stored.recorded["certify"].rows, rows_needed(plan.tolerance, stored.delta / stored.sets)
+    if held >= needed:
+        return f"the plan for {plan.tolerance:g} asks no exit now and needs no certificate"
+    return (
+        f"the plan for {plan.tolerance:g} is not certified any more: where {stored.sets} sets of exits were decided "
+        f"between, {needed} certification rows are needed and the artifact has {held}; it keeps to the tolerance on "
+        "the rows it was chosen on. Compile with more data for a certificate"
+    )
+
+
 def retuned(
     manifest: Manifest, stored: Stored, times: StageTimes, objective: Objective, tolerance: float | None = None
 ) -> tuple[Plan, ...]:
@@ -145,7 +169,7 @@ def retuned(
     wanted = _wanted(manifest, tolerance)
     old = manifest.plans[manifest.default_plan]
     policy = CERTIFIED if old.policy == PREDICTED else old.policy
-    delta = next((p.certificate.delta for p in manifest.plans if p.certificate is not None), 0.05)
+    delta = stored.delta
     costs = stage_costs(times, objective.batch)
     kept = stored.recorded["select"]
 
@@ -221,7 +245,7 @@ def read_records(artifact: Artifact) -> Stored:
         recorded = {part: _records(arrays, part, manifest.risk).among(own) for part in ("select", "certify", "test")}
         labelled = RIGHT_FILE in manifest.measured.files
         right = _arrays(artifact, RIGHT_FILE)["right"][:, [*own, -1]] if labelled else None
-        return Stored(recorded, right, int(arrays["sets"]))
+        return Stored(recorded, right, int(arrays["sets"]), float(arrays.get("delta", 0.05)))
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{where}: does not hold what it should ({error}); compile the model again") from error
 

@@ -13,13 +13,14 @@ from models import Compiled
 from offramp.runtime import load, open_artifact
 from offramp.runtime.artifact import write_artifact
 from offramp.runtime.cli import main
-from offramp.runtime.errors import ArtifactError, StorageError, UsageError
+from offramp.runtime.errors import ArtifactError, InputError, StorageError, UsageError
 from offramp.runtime.manifest import Plan
 from offramp.runtime.selection import CERTIFIED, Records, disagreement, rows_needed
 from offramp.runtime.stage_times import StageTimes, measure_stages
 from offramp.runtime.tune import (
     Objective,
     Stored,
+    _lost,
     best_set,
     evaluated,
     expected_ms,
@@ -57,6 +58,13 @@ def test_the_mean_counts_every_stage_for_the_rows_that_reach_it() -> None:
     assert mean.of(exits, (False, True), times((0.5, 0.25))) == pytest.approx((4 + 3 * 1.25 + 2) / 4)
 
 
+def test_rows_that_do_not_fill_their_last_batch_make_no_batch_larger() -> None:
+    exits = np.arange(10) % 2
+    once = Objective(batch=4).of(exits, (), times((0, 0)))
+    assert Objective(batch=4).of(np.resize(exits, 12), (), times((0, 0))) == once
+    assert once == pytest.approx((4 + 2) / 4), "all rows of a batch at the first stage, every second at the next"
+
+
 def test_a_percentile_is_of_the_time_until_each_row_is_answered() -> None:
     exits = np.array([0, 2, 1, 2])
     alone = Objective(batch=1, percentile=100)
@@ -92,7 +100,7 @@ def records(rows: int, seed: int) -> Records:
 
 def stored(rows: int = 1500, sets: int = 1) -> Stored:
     parts = ("select", "certify", "test")
-    return Stored({part: records(rows, seed) for seed, part in enumerate(parts)}, None, sets)
+    return Stored({part: records(rows, seed) for seed, part in enumerate(parts)}, None, sets, 0.05)
 
 
 def with_policy(compiled: Compiled, policy: str) -> Compiled:
@@ -129,6 +137,10 @@ def test_certificates_pay_for_what_the_certification_rows_decided_before(compile
     few = rows_needed(0.03, 0.05)
     scarce = retuned(manifest, stored(rows=few, sets=3), free, Objective())
     assert [(p.policy, p.certificate) for p in scarce] == [("predicted", None)] * 2, "too few for a third of delta"
+    assert _lost(scarce[1], stored(rows=few, sets=3)).startswith(
+        f"the plan for 0.03 is not certified any more: where 3 sets of exits were decided between, "
+        f"{rows_needed(0.03, 0.05 / 3)} certification rows are needed and the artifact has {few}"
+    )
 
 
 def test_costs_are_milliseconds_of_a_full_batch() -> None:
@@ -218,3 +230,12 @@ def test_what_cannot_be_tuned_is_refused_and_leaves_nothing(compiled: Compiled, 
     with pytest.raises((UsageError, StorageError), match="taken"):
         tune(compiled.path, tmp_path / "taken", threads=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "taken", "whole"]
+
+
+def test_rows_to_measure_on_are_checked_and_repeated(compiled: Compiled, tmp_path: Path) -> None:
+    rows = {spec.name: compiled.digits.images[:3] for spec in compiled.manifest.inputs}
+    tune(compiled.path, tmp_path / "few", objective=Objective(4), rows=rows)
+    for wrong in ({"other": compiled.digits.images[:3]}, {name: values[:0] for name, values in rows.items()}):
+        with pytest.raises(InputError):
+            tune(compiled.path, tmp_path / "wrong", objective=Objective(4), rows=wrong)
+    assert not (tmp_path / "wrong").exists()

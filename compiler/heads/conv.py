@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .dense import has_hidden
 from .family import Family, Settings, Shape
 
 _LARGE = 8  # maps with longer sides are halved twice where there are convolutions enough
@@ -116,7 +117,7 @@ def _chosen(shape: Shape, width: int, choices: Settings) -> Settings:
         "separable": choices["kind"] == "separable",
         "reads": choices["reads"],
         "grid": math.gcd(choices["grid"], *small),  # other parts of a map have no form in ONNX
-        "hidden": 2 * width if choices["dense"] == 2 else None,
+        "hidden": 2 * width if has_hidden(choices) else None,
     }
 
 

@@ -67,8 +67,15 @@ def _tokens(settings: Mapping[str, Any]) -> str:
     return f"{settings.get('pool', _POOLS[0])}, {_dense(settings)}"
 
 
+def has_hidden(choices: Settings) -> bool:
+    """Whether there is a dense layer before the last. Raises `ValueError` for more than one."""
+    if choices["dense"] not in (1, 2):
+        raise ValueError(f"{choices['dense']} dense layers, where 1 and 2 are known")
+    return bool(choices["dense"] == 2)
+
+
 def _hidden(shape: Shape, width: int, choices: Settings) -> Settings:
-    return {"hidden": width if choices["dense"] == 2 else None}
+    return {"hidden": width if has_hidden(choices) else None}
 
 
 DENSE = Family(

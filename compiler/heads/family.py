@@ -65,7 +65,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register_family(name: str, family: Family) -> None:
-    """Make a family known by name, for `build_head`, the default of its rank if there is none, and the search.
+    """Make a family known by name: the default of its rank from now on, and one that the search tries there.
 
     Whoever compiles or rebuilds with it must have registered it first; an artifact that is only run needs nothing.
     Raises `UsageError` for a name that is taken.
@@ -83,8 +83,8 @@ def find_family(name: str) -> Family:
 
 
 def families_for(shape: Shape) -> tuple[str, ...]:
-    """Names of the families that read values `[B, *shape]`, the default one first."""
-    return tuple(name for name, family in FAMILIES.items() if family.rank == len(shape) + 1)
+    """Names of the families that read values `[B, *shape]`, the default one first: the one registered last."""
+    return tuple(name for name, family in reversed(FAMILIES.items()) if family.rank == len(shape) + 1)
 
 
 def build_head(config: HeadConfig, shape: Shape, classes: int) -> nn.Module:
@@ -109,15 +109,33 @@ def configure(
     """One choice of each entry of a space -> the widest head of that kind whose compute keeps to `cost`.
 
     `varies`: a size of the value other than the batch is free, so the head may fix none. Raises `UsageError` for a
-    proposal that leaves out an entry of the family's space.
+    proposal that leaves out an entry of the family's space, or of which no head can be made.
     """
     family = find_family(name)
     if missing := [key for key in family.space if key not in proposal]:
         raise UsageError(f"proposal for head family {name!r} lacks {', '.join(missing)}; choose one value for each")
+    for key, entry in family.space.items():
+        _check_choice(name, key, proposal[key], entry)
     choices = {**proposal, **(family.free if varies else {})}
     chosen = family.chosen
     settings = (lambda width: family.default(shape, width)) if chosen is None else (lambda w: chosen(shape, w, choices))
-    return _widest(name, settings, shape, classes, float(proposal.get(COST, BUDGET)) * backbone_flops)
+    try:
+        return _widest(name, settings, shape, classes, float(proposal.get(COST, BUDGET)) * backbone_flops)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:  # torch's, of sizes that make no module
+        raise UsageError(
+            f"head family {name!r}: no head can be made of {dict(proposal)} ({str(error).splitlines()[0]:.120}); "
+            "start from `offramp space`"
+        ) from error
+
+
+def _check_choice(name: str, key: str, value: object, entry: Mapping[str, Any]) -> None:
+    """A word must be one that the family's own space has; a number may be another one."""
+    own = entry["_value"] if entry["_type"] == "choice" else [0.0]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value not in own and not (number and all(isinstance(one, int | float) for one in own)):
+        raise UsageError(
+            f"search space of {name}, {key}: {value!r} means nothing to it; choose among {', '.join(map(str, own))}"
+        )
 
 
 def _widest(name: str, settings: Callable[[int], Settings], shape: Shape, classes: int, most: float) -> HeadConfig:

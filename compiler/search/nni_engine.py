@@ -30,6 +30,12 @@ class _SeededEvolution(EvolutionTuner):  # type: ignore[misc]  # NNI has no type
         self._seeded = np.random.RandomState(seed)
         super().__init__(optimize_mode="maximize", population_size=_POPULATION)
 
+    def generate_parameters(self, parameter_id: int, **more: Any) -> Any:
+        """NNI's refuses more at a time than its population; a wave asks for all its heads before one is told."""
+        if not self.population:
+            self._random_generate_individual()
+        return super().generate_parameters(parameter_id, **more)
+
     @property
     def random_state(self) -> np.random.RandomState:
         return self._seeded

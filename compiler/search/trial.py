@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from offramp.passes import METRICS, Backbone, Candidate, confidence, probabilities, row_shape
+from offramp.runtime.errors import UsageError
 
 from ..heads import LEARNING_RATE, HeadConfig, configure, default_head, families_for, head_flops
 from ..learner import Learner
@@ -75,7 +77,7 @@ class Place:
     index: int
     candidate: Candidate
     shape: tuple[int, ...]  # of one row of its value
-    family: str
+    families: tuple[str, ...]  # that read it, the default one first
     total: float  # FLOPs per row of the whole backbone
     classes: int
 
@@ -84,11 +86,11 @@ class Place:
         """Whether a size other than the batch is free."""
         return any(isinstance(size, str) for size in self.candidate.shape[1:])
 
-    def config(self, proposal: Proposal | None) -> HeadConfig:
-        """The proposed head at this place; the default one for None."""
+    def config(self, family: str, proposal: Proposal | None) -> HeadConfig:
+        """The head of a family that was proposed for this place; the default one for None."""
         if proposal is None:
             return default_head(self.shape, self.classes, self.total)
-        return configure(self.family, self.shape, self.classes, self.total, proposal.choices, varies=self.varies)
+        return configure(family, self.shape, self.classes, self.total, proposal.choices, varies=self.varies)
 
     def price(self, config: HeadConfig) -> float:
         """The head's share of the backbone's compute."""
@@ -101,13 +103,18 @@ def places(backbone: Backbone, candidates: Sequence[Candidate]) -> list[Place]:
     for index, candidate in enumerate(candidates):
         shape = row_shape(backbone, candidate.name)
         total = candidate.flops_before + candidate.flops_after
-        found.append(Place(index, candidate, shape, families_for(shape)[0], total, backbone.classes))
+        found.append(Place(index, candidate, shape, families_for(shape), total, backbone.classes))
     return found
 
 
 def learning_rate(proposal: Proposal | None, usual: float) -> float:
-    """The proposal's own, if it has one."""
-    return usual if proposal is None else float(proposal.choices.get(LEARNING_RATE, usual))
+    """The proposal's own, if it has one. Raises `UsageError` where that is none."""
+    if proposal is None:
+        return usual
+    rate = proposal.choices.get(LEARNING_RATE, usual)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise UsageError(f"search space, {LEARNING_RATE}: {rate!r} is no learning rate; give numbers above 0")
+    return float(rate)
 
 
 def score(trials: Sequence[Trial], observed: Iterable[Observed], tolerance: float, epochs: int) -> None:

@@ -8,14 +8,16 @@
     wave 2   ... proposals that know of wave 1; the same rows, augmented the same way, are read from disk
     last     the shortlist, by the same rule
 
-A family has one engine for all its candidates: its space speaks of shares of compute, so what is learned at one
-depth tells of another. Interrupted after an epoch, the search goes on from its checkpoint: engines are asked and
-told again what they were, which costs nothing, and the trials of the wave under way are restored.
+A family has one engine for all its candidates: its space speaks of shares of compute, so what is learned at one depth
+tells of another. Where several families read a value, a person's own among them, they propose in turn. Interrupted
+after an epoch, the search goes on from its checkpoint: engines are asked and told again what they were, which costs
+nothing, and the trials of the wave under way are restored.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -169,7 +171,7 @@ class _Searcher:
     def _started(self) -> dict[str, Engine]:
         make = make_engine(self.search.engine, self.report)
         engines = {}
-        for index, family in enumerate(dict.fromkeys(place.family for place in self.places)):
+        for index, family in enumerate(dict.fromkeys(f for place in self.places for f in place.families)):
             engines[family] = make()
             engines[family].start(self.search.spaces.get(family, search_space(family)), mix(self.seed, index) % 2**31)
         return engines
@@ -200,14 +202,15 @@ class _Searcher:
         count, more = divmod(self.search.trials, self.search.waves)
         trials = []
         for place in self.open:
-            proposals: list[Proposal | None] = [None] if wave == 0 else []
-            asked = (self.engines[place.family].ask() for _ in range(count + (wave < more)))
-            proposals += [proposal for proposal in asked if proposal is not None]
-            trials += [self._trial(place, proposal, wave * 1000 + i) for i, proposal in enumerate(proposals)]
+            proposals: list[tuple[str, Proposal | None]] = [(place.families[0], None)] if wave == 0 else []
+            turns = itertools.islice(itertools.cycle(place.families), count + (wave < more))
+            asked = ((family, self.engines[family].ask()) for family in turns)
+            proposals += [(family, proposal) for family, proposal in asked if proposal is not None]
+            trials += [self._trial(place, *proposal, wave * 1000 + i) for i, proposal in enumerate(proposals)]
         return trials
 
-    def _trial(self, place: Place, proposal: Proposal | None, number: int) -> Trial:
-        config = place.config(proposal)
+    def _trial(self, place: Place, family: str, proposal: Proposal | None, number: int) -> Trial:
+        config = place.config(family, proposal)
         training, steps = self.training, self.batches * self.search.epochs
         rate = learning_rate(proposal, training.learning_rate)
         module = fresh_head(config, place.shape, place.classes, mix(mix(self.seed, place.index), number))
@@ -249,7 +252,7 @@ class _Searcher:
         for trial in trials:
             if trial.proposal is not None:
                 gain = trial.score - self.baselines[trial.candidate, trial.epochs]
-                self.engines[self.places[trial.candidate].family].tell(trial.proposal, gain)
+                self.engines[trial.config.family].tell(trial.proposal, gain)
         self.finished.append([trial.record() for trial in trials])
 
     def _close(self) -> None:

@@ -24,9 +24,9 @@ import numpy as np
 from ..errors import ToleranceError
 from ..manifest import Certificate, Plan
 from .bounds import rows_needed
-from .certify import Certified, certified, walk
+from .certify import PATH, Certified, certified, walk
 from .policies import joint, left_over, select
-from .records import Costs, Records, Selection
+from .records import Costs, Records, Selection, realised_risk
 
 TOLERANCES = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05)
 CERTIFIED, PREDICTED = "certified", "predicted"
@@ -93,11 +93,21 @@ def _plan(
     elif held_out.rows >= rows_needed(tolerance, delta / sets):
         proved = certified(kept, held_out, costs, tolerance, delta / sets)
         found, certificate = proved.selection, replace(evidence(proved), delta=delta)
-    else:  # the first plan of the path there would be
-        found, name = joint(replace(kept, predicted=True), costs, tolerance), PREDICTED
+    else:
+        found, name = _predicted(kept, costs, tolerance), PREDICTED
     thresholds = np.full(len(costs.head), math.inf)
     thresholds[list(found.chosen)] = found.thresholds
     return Plan(tolerance, name, _stored(thresholds), certificate)
+
+
+def _predicted(kept: Records, costs: Costs, tolerance: float) -> Selection:
+    """Where rows are too few for a test: by predicted risk, as bold as keeps to the tolerance as observed too."""
+    allowed, spent = left_over(kept, tolerance), float(kept.final_risk.mean())
+    for share in (share for share in reversed(PATH) if share <= 1):
+        found = joint(replace(kept, predicted=True), costs, min(1.0, spent + share * allowed))
+        if realised_risk(kept, found.chosen, found.thresholds) <= tolerance:
+            return found
+    return Selection((), (), PREDICTED, tolerance, float(costs.reach[-1]), spent)
 
 
 def _stored(thresholds: Sequence[float] | np.ndarray) -> tuple[float | None, ...]:

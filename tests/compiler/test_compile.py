@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from models import QUICK, Chain, Compiled
 from torch import nn
 
-from offramp.compiler import Options, Training, compile
+from offramp.compiler import Costs, Options, Records, Training, compile
+from offramp.compiler.choose import choose_exits
 from offramp.compiler.demo import Digits
 from offramp.runtime import load, open_artifact
 from offramp.runtime.artifact import write_artifact
@@ -213,3 +215,24 @@ def test_refused_data(digits: Digits, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="bring their own labels"):
         compile(digits.model, ArrayRows({"image": digits.images}), tmp_path / "out", labels=digits.labels)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_work_folder_keeps_what_no_training_put_there(digits: Digits, tmp_path: Path) -> None:
+    notes = tmp_path / "one.work" / "heads0.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    options = replace(QUICK, batches=(), targets=("onnx-segments",), training=Training(epochs=1))
+    compile(digits.model, digits.images, tmp_path / "one", options=options)
+    assert [p.name for p in notes.parent.iterdir()] == ["heads0.txt"]
+    notes.unlink()
+    compile(digits.model, digits.images, tmp_path / "one", options=options)
+    assert not notes.parent.exists()
+
+
+@pytest.mark.parametrize("policy", ["joint", "geometric", "equal", "certified"])
+def test_a_tolerance_of_none_is_the_backbone_whatever_the_policy(policy: str) -> None:
+    agrees = np.ones((50, 2), bool)  # on these rows nothing speaks against leaving at once
+    kept = Records(np.full((50, 2), 0.9, np.float32), agrees)
+    costs = Costs(np.array([0.2, 0.3, 0.5]), np.array([0.01, 0.01]))
+    chosen, *_ = choose_exits({"select": kept, "certify": kept}, costs, Options(tolerance=0.0, policy=policy))
+    assert chosen.chosen == ()

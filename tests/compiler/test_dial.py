@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from offramp.compiler import Costs, Records, select
 from offramp.runtime import load
 from offramp.runtime.manifest import Plan
 from offramp.runtime.selection import (
+    CERTIFIED,
+    PREDICTED,
     TOLERANCES,
     certified,
     dial,
@@ -21,7 +24,9 @@ from offramp.runtime.selection import (
     evidence,
     exits_taken,
     expected_cost,
+    joint,
     plan_path,
+    plans_over,
     rows_needed,
     upper_bound,
 )
@@ -112,3 +117,17 @@ def test_an_artifact_turns_from_the_backbone_to_bolder_plans(compiled: Compiled)
         mean_exit = [session.run(images, tolerance=t).exits.mean() for t in (0.0, 0.01, 0.05)]
         assert mean_exit[0] == session.exits - 1, "tolerance 0 is the backbone's own answers"
         assert mean_exit[0] > mean_exit[1] >= mean_exit[2]
+
+
+def test_a_predicted_plan_keeps_to_the_tolerance_on_its_own_rows_where_heads_are_too_sure() -> None:
+    rng = np.random.default_rng(0)
+    sure = rng.random((400, 2), dtype=np.float32)
+    agrees = rng.random((400, 2)) < sure * 0.9  # they agree less often than they say
+    kept = Records(sure, agrees)
+    few = {"select": kept, "certify": kept.of(np.arange(20)), "test": kept}
+    costs = Costs(np.array([0.2, 0.3, 0.5]), np.array([0.01, 0.01]))
+    (plan,) = plans_over(few, costs, [0.03], CERTIFIED, 0.05, 1)
+    assert plan.policy == PREDICTED
+    assert disagreement(kept, (0, 1), plan.limits) <= 0.03
+    bold = joint(replace(kept, predicted=True), costs, 0.03)
+    assert disagreement(kept, bold.chosen, bold.thresholds) > 0.03, "what it would be by prediction alone"

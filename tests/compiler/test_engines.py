@@ -104,3 +104,14 @@ def test_a_space_that_is_none_is_refused(space: Space, said: str) -> None:
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(UsageError, match="search engine 'oracle' is unknown; use one of tpe"):
         make_engine("oracle")
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "grid"])
+def test_a_wave_asks_for_many_heads_before_one_is_told(name: str) -> None:
+    engine = make_engine(name)()
+    engine.start(search_space("conv"), 0)
+    proposals = [engine.ask() for _ in range(48)]
+    for proposal in proposals:
+        assert proposal is not None
+        engine.tell(proposal, 0.1)
+    assert engine.ask() is not None

@@ -33,6 +33,8 @@ from offramp.compiler.heads import (
     register_family,
     search_space,
 )
+from offramp.compiler.search.engine import Proposal
+from offramp.compiler.search.trial import learning_rate
 from offramp.runtime.errors import UsageError
 
 
@@ -155,3 +157,25 @@ def test_heads_of_the_space_learn_on_two_threads() -> None:
     """In a process of its own: some form of a convolution may crash the library below."""
     done = subprocess.run([sys.executable, "-c", LEARN_EACH], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "all", done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("edited", "says"),
+    [
+        ({"kernel": "3"}, "search space of conv, kernel: '3' means nothing to it; choose among 1, 3"),
+        ({"kind": "Separable"}, "kind: 'Separable' means nothing to it; choose among plain, separable"),
+        ({"stride": 0, "convolutions": 2}, "no head can be made of"),
+        ({"dense": 3}, "3 dense layers, where 1 and 2 are known"),
+        ({COST: "much"}, "no head can be made of"),
+    ],
+)
+def test_an_edited_space_that_makes_no_head_is_refused(edited: Settings, says: str) -> None:
+    choices = {k: e["_value"][-1] for k, e in search_space("conv").items()}
+    with pytest.raises(UsageError, match=says):
+        configure("conv", (4, 8, 8), 3, 1e6, {**choices, **edited})
+
+
+@pytest.mark.parametrize("rate", ["x", 0.0, True, float("nan")])
+def test_a_learning_rate_that_is_none_is_refused(rate: object) -> None:
+    with pytest.raises(UsageError, match="is no learning rate"):
+        learning_rate(Proposal(0, {"learning_rate": rate}), 1e-3)

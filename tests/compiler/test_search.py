@@ -16,6 +16,7 @@ from torch import nn
 from offramp.compiler import (
     FAMILIES,
     Costs,
+    Family,
     HeadConfig,
     Options,
     Records,
@@ -25,6 +26,7 @@ from offramp.compiler import (
     default_heads,
     distil,
     record,
+    register_family,
 )
 from offramp.compiler.augment import identity
 from offramp.compiler.compile import keep_beyond_chance
@@ -35,7 +37,7 @@ from offramp.compiler.search import Found, Search, saved_at, search_heads, short
 from offramp.compiler.stream import Stream
 from offramp.passes import Backbone, Candidate, find_candidates
 from offramp.runtime.data import ArrayRows
-from offramp.runtime.errors import UsageError
+from offramp.runtime.errors import ModelError, UsageError
 
 SEARCH = Search(engine="tpe", trials=3, waves=2, epochs=2)
 TRAINING = Training(epochs=3, batch=32, augment=noisy)
@@ -100,9 +102,9 @@ def count_passes(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     passes: list[int] = []
     observe = stream.observe
 
-    def counted(batch: Mapping[str, torch.Tensor]) -> Any:
+    def counted(batch: Mapping[str, torch.Tensor], rows: np.ndarray) -> Any:
         passes.append(len(next(iter(batch.values()))))
-        return observe(batch)
+        return observe(batch, rows)
 
     monkeypatch.setattr(stream, "observe", counted)
     return passes
@@ -217,9 +219,9 @@ def test_each_batch_goes_through_the_backbone_once_for_all_trials(
     passes: list[int] = []
     observe, learn, steps = Stream.observe, Learner.learn, []
 
-    def counted(self: Stream, batch: Mapping[str, torch.Tensor]) -> Any:
+    def counted(self: Stream, batch: Mapping[str, torch.Tensor], rows: np.ndarray) -> Any:
         passes.append(len(next(iter(batch.values()))))
-        return observe(self, batch)
+        return observe(self, batch, rows)
 
     def stepped(self: Learner, target: torch.Tensor, value: torch.Tensor) -> None:
         steps.append(len(target))
@@ -358,3 +360,41 @@ def test_a_head_that_learned_nothing_is_dropped_with_that_reason(
     kept, left = keep_beyond_chance([replace(h, loss=1.0) for h in heads], recording, said.append)
     assert len(kept) == len(heads) and left is recording
     assert said[0].startswith("no head learned more than one answer for all of 100 rows would tell")
+
+
+def test_a_family_of_ones_own_is_the_default_and_searched_beside_the_others(
+    backbone: Backbone,
+    candidates: tuple[Candidate, ...],
+    data: ArrayRows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("offramp.compiler.heads.family.FAMILIES", dict(FAMILIES))
+    own = Family(
+        rank=2,
+        build=lambda shape, classes, given: torch.nn.Linear(shape[0], classes),
+        default=lambda shape, width: {},
+        describe=lambda given: "linear",
+    )
+    register_family("linear", own)
+    found = searched(backbone, candidates, data, tmp_path)
+    for index in range(len(candidates)):
+        tried = [t for t in found.trials if t["candidate"] == index]
+        assert [t["family"] for t in tried if t["default"]] == ["linear"]
+        assert {t["family"] for t in tried} == {"linear", "dense"}
+
+
+def test_a_model_that_fails_on_one_row_is_told_apart_from_heads_that_learn_nothing(data: ArrayRows) -> None:
+    class Standardised(Chain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True))
+
+    model = Standardised().eval()
+    rows = data.take(np.arange(200))["x"]
+    found = captured(model, x=torch.from_numpy(rows[:8]))
+    rows[150] = 1.0  # no spread: 0 / 0
+    blank = ArrayRows({"x": rows})
+    with pytest.raises(ModelError, match="not finite for row 150 of the data"):
+        list(stream(found, find_candidates(found).kept, blank).plain(np.arange(100, 200)))
+    with pytest.raises(ModelError, match="not finite for row 150 of the data"):
+        record(found, (), blank, np.arange(200), "all")

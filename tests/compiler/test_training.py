@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,9 @@ from offramp.compiler import (
     record,
     split_rows,
 )
-from offramp.compiler.augment import default_augmentation
+from offramp.compiler.augment import Batch, default_augmentation, identity_of
 from offramp.compiler.heads import BUDGET, head_flops
-from offramp.compiler.learner import softened
+from offramp.compiler.learner import Learner, softened
 from offramp.compiler.stream import Observed, Stream
 from offramp.passes import Backbone, Candidate, Input, find_candidates
 from offramp.runtime.data import ArrayRows
@@ -250,9 +251,9 @@ def test_rows_that_are_shown_again_go_through_the_backbone_once(
     passes: list[int] = []
     observe = Stream.observe
 
-    def counted(self: Stream, batch: Mapping[str, torch.Tensor]) -> Observed:
+    def counted(self: Stream, batch: Mapping[str, torch.Tensor], rows: np.ndarray) -> Observed:
         passes.append(len(next(iter(batch.values()))))
-        return observe(self, batch)
+        return observe(self, batch, rows)
 
     monkeypatch.setattr(Stream, "observe", counted)
     kept = trained(backbone, candidates, data, folder=tmp_path)
@@ -382,3 +383,22 @@ def test_a_recording_is_what_heads_and_backbone_answer(
     assert recording.classes().shape == (3, len(whole))
     sure = recording.confidence([1.0] * len(whole), "max_probability")
     assert np.allclose(sure[:, 0], torch.softmax(torch.from_numpy(recording.logits[0]), 1).amax(1), atol=1e-6)
+
+
+def test_augmentations_are_told_apart_by_what_they_do() -> None:
+    def scaled(batch: Batch, generator: torch.Generator, by: float = 1.0) -> Batch:
+        return {name: by * x for name, x in batch.items()}
+
+    def shifted(batch: Batch, generator: torch.Generator, by: float = 1.0) -> Batch:
+        return {name: by + x for name, x in batch.items()}
+
+    shifted.__qualname__ = scaled.__qualname__
+    some = [scaled, shifted, partial(scaled, by=0.1), partial(scaled, by=0.9)]
+    assert len({identity_of(one) for one in some}) == 4
+    assert identity_of(partial(scaled, by=0.1)) == identity_of(some[2])
+
+
+def test_a_checkpoint_of_heads_built_otherwise_is_refused_in_one_line() -> None:
+    state = Learner(torch.nn.Linear(4, 3), 1, 1e-3, Training()).state()
+    with pytest.raises(UsageError, match="heads that are built otherwise today; remove its folder"):
+        Learner(torch.nn.Linear(5, 3), 1, 1e-3, Training()).restore(state)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -334,3 +336,28 @@ def test_a_stated_preprocessing_is_read_whole() -> None:
 def test_preprocessing_that_is_not_understood_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="preprocessing"):
         parse_preprocessing(text)
+
+
+def test_files_under_another_name_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.zeros((3, 2), np.float32))
+    np.savez(tmp_path / "two.npz", x=np.zeros((3, 2), np.float32))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    (tmp_path / "two.npz").rename(tmp_path / "two.npy")
+    with zipfile.ZipFile(tmp_path / "three.npz", "w") as archive:
+        archive.writestr("notes.txt", "no array")
+    for name, says in (
+        ("one.npz", "it is a .npy under another name"),
+        ("two.npy", "it is a .npz under another name"),
+        ("three.npz", "'notes.txt' in it is no array"),
+    ):
+        with pytest.raises(InputError, match=re.escape(says)):
+            open_data(tmp_path / name, inputs=None)
+
+
+def test_a_folder_that_may_not_be_looked_into_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    with pytest.raises(InputError, match="cannot be looked at"):
+        open_data("/secret/rows.npy", inputs=None)
