@@ -57,6 +57,7 @@ OURS, PLAIN = "ours", "plain"
 MULTIPLES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6)  # of the plain model's capacity
 QUEUE = 512  # rows of a model that may wait: about a second's, so that a refusal shows within a run
 UNDER_WAY = 64  # requests of the closed loop
+HALF = 0.5  # of plain's capacity, where latency by exit is shown
 ENOUGH = 0.99  # of the rows, answered in time
 SERVING = "serving at "
 
@@ -246,6 +247,19 @@ def latency_table(results: Sequence[Mapping[str, Any]]) -> str:
     return markdown(head, lines)
 
 
+def exit_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Milliseconds to the rows of each exit at half of the plain model's capacity, medians over rounds."""
+    lines = []
+    for result in results:
+        quiet = min(multiples(result), key=lambda multiple: abs(multiple - HALF))
+        plain, ours = (at_rate(result, model, quiet) for model in (PLAIN, OURS))
+        for index, rate in enumerate(result["exit_rates"]):
+            seen = across(one["exits"].get(str(index), {}) for one in ours)
+            lines.append([f"{result['task']}, exit {index}", percent(rate), seen])
+        lines.append([f"{result['task']}, plain", "", across(one["latency_ms"] for one in plain)])
+    return markdown(("answered by, at half of plain's capacity", "of the test rows", "p50 / p95 / p99"), lines)
+
+
 def across(latencies: Iterable[Mapping[str, float]]) -> str:
     """Quantiles of latency, medians over rounds; nothing where no row was answered."""
     seen = [each for each in latencies if "p50" in each]
@@ -261,7 +275,7 @@ def batches(points: Sequence[Mapping[str, Any]]) -> str:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The README's block."""
-    return "\n\n".join(part(results) for part in (saturation_table, latency_table))
+    return "\n\n".join(part(results) for part in (saturation_table, exit_table, latency_table))
 
 
 def plot(results: Sequence[Mapping[str, Any]]) -> None:
