@@ -23,6 +23,7 @@ from torch.export import Dim, export
 
 import offramp.runtime
 from offramp.compiler import Options, Training, compile, distill, load_model, load_weights
+from offramp.compiler.search import Search
 from offramp.runtime import cli
 from offramp.runtime.errors import (
     BatchDependentError,
@@ -413,3 +414,17 @@ def test_candidates_reads_the_shapes_of_a_saved_program(here: Path, capsys: pyte
     torch.export.save(program, "model.pt2")
     assert cli.main(["candidates", "model.pt2"]) == 0
     assert "relu" in capsys.readouterr().out
+
+
+def test_one_trial_is_one_wave(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Options] = []
+
+    def stop(*_: object, options: Options, **__: object) -> None:
+        asked.append(options)
+        raise UsageError("as far as this test goes")
+
+    monkeypatch.setattr("offramp.compiler.commands.compile", stop)
+    common = ["compile", "zoo:good", "--data", "zoo:good_rows", "-o", "out", "--search", "random"]
+    assert cli.main([*common, "--trials", "1"]) == 2
+    assert cli.main(common) == 2
+    assert [(o.search.trials, o.search.waves) for o in asked] == [(1, 1), (Search.trials, Search.waves)]
