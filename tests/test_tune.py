@@ -239,3 +239,20 @@ def test_rows_to_measure_on_are_checked_and_repeated(compiled: Compiled, tmp_pat
         with pytest.raises(InputError):
             tune(compiled.path, tmp_path / "wrong", objective=Objective(4), rows=wrong)
     assert not (tmp_path / "wrong").exists()
+
+
+def test_the_command_reads_a_folder_of_images_as_the_artifact_says(
+    compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = replace(compiled.manifest, preprocessing="resize=8x8")
+    names = [*manifest.files, *manifest.measured.files]
+    write_artifact(tmp_path / "a", manifest, {name: (compiled.path / name).read_bytes() for name in names})
+    asked: list[object] = []
+
+    def stop(*_: object, preprocessing: str | None, **__: object) -> None:
+        asked.append(preprocessing)
+        raise InputError("as far as this test goes")
+
+    monkeypatch.setattr("offramp.runtime.commands.open_data", stop)
+    assert main(["tune", str(tmp_path / "a"), "-o", str(tmp_path / "t"), "--data", str(tmp_path)]) == 2
+    assert asked == ["resize=8x8"]
