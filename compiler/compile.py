@@ -49,7 +49,7 @@ from .package import Job, Options, Ready, input_specs, pack
 from .precision import FP32
 from .progress import Say
 from .record import Recording, calibrate, record
-from .search import NONE, Found, search_heads
+from .search import NONE, Found, search_heads, shortlist_over
 from .splits import RowSplits, check_splits, split_rows
 from .static import capture_static
 from .stream import tensors
@@ -227,24 +227,36 @@ def train(ready: Ready, options: Options, folder: Path, say: Say = lambda line: 
     backbone, candidates, rows, splits = ready.backbone, ready.candidates, ready.rows, ready.splits
     training, search = options.training, options.search
     share = -(-search.trials // search.waves) + 1 if search.engine != NONE else 1
-    heads: list[Head] = []
     parts = groups(backbone, candidates, training.batch, share, options.memory_budget)
     if len(parts) > 1:
         say(f"the memory budget takes the {len(candidates)} candidates in {len(parts)} groups, one after the other")
-    for index, group in enumerate(parts):
+    found = [_proposed(ready, group, options, folder / f"{_SEARCH}{index}", say) for index, group in enumerate(parts)]
+    kept = tuple(name for one in found for name in one.shortlist)
+    if search.engine != NONE and len(kept) > search.shortlist:
+        kept = shortlist_over(backbone, candidates, found, options.tolerance, search.shortlist)
+        say(f"of all groups' candidates {len(kept)} go on")
+    heads: list[Head] = []
+    for index, (group, one) in enumerate(zip(parts, found, strict=True)):
         give_back()
-        found = Found(default_heads(backbone, group), {}, tuple(c.name for c in group), ())
-        if search.engine != NONE:
-            found = search_heads(
-                backbone, group, rows, learn=splits.distil, select=splits.select, tolerance=options.tolerance,
-                search=search, training=training, seed=options.seed, folder=folder / f"{_SEARCH}{index}", report=say,
+        taken = tuple(candidate for candidate in group if candidate.name in kept)
+        if taken:
+            heads += distil(
+                backbone, taken, one.configs, rows, learn=splits.distil, validate=splits.calibrate, training=training,
+                seed=options.seed, rates=one.rates, folder=folder / f"{_HEADS}{index}", report=say,
             )  # fmt: skip
-        taken = tuple(candidate for candidate in group if candidate.name in found.shortlist)
-        heads += distil(
-            backbone, taken, found.configs, rows, learn=splits.distil, validate=splits.calibrate, training=training,
-            seed=options.seed, rates=found.rates, folder=folder / f"{_HEADS}{index}", report=say,
-        )  # fmt: skip
     return tuple(heads)
+
+
+def _proposed(ready: Ready, group: tuple[Candidate, ...], options: Options, folder: Path, say: Say) -> Found:
+    """The heads that candidates which are trained together shall have."""
+    give_back()
+    if options.search.engine == NONE:
+        return Found(default_heads(ready.backbone, group), {}, tuple(c.name for c in group), ())
+    return search_heads(
+        ready.backbone, group, ready.rows, learn=ready.splits.distil, select=ready.splits.select,
+        tolerance=options.tolerance, search=options.search, training=options.training, seed=options.seed,
+        folder=folder, report=say,
+    )  # fmt: skip
 
 
 def keep_beyond_chance(heads: Sequence[Head], recording: Recording, say: Say) -> tuple[tuple[Head, ...], Recording]:

@@ -2,7 +2,7 @@
 
 from .engine import ENGINES, Engine, Proposal, RandomEngine, check_space, make_engine, read_spaces
 from .objective import saved_at, shortlist, worth
-from .waves import NONE, Found, Search, search_heads
+from .waves import NONE, Found, Search, search_heads, shortlist_over
 
 __all__ = [
     "ENGINES",
@@ -18,5 +18,6 @@ __all__ = [
     "saved_at",
     "search_heads",
     "shortlist",
+    "shortlist_over",
     "worth",
 ]

@@ -81,6 +81,15 @@ class Search:
                 )
 
 
+@dataclass(frozen=True, eq=False)
+class Best:
+    """The best head of a candidate so far."""
+
+    score: float
+    price: float  # its share of the backbone's compute
+    answers: Answers
+
+
 @dataclass(frozen=True)
 class Found:
     """The head of every candidate, by candidate name, which candidates to go on with, what was tried on the way."""
@@ -89,6 +98,7 @@ class Found:
     rates: Mapping[str, float]
     shortlist: tuple[str, ...]  # names, shallow to deep
     trials: tuple[Mapping[str, Any], ...]  # see `Trial.record`
+    best: Mapping[str, Best] = field(default_factory=dict, compare=False)  # of every candidate, by its name
 
 
 def search_heads(
@@ -115,13 +125,23 @@ def search_heads(
     return _Searcher(stream, learn, select, tolerance, search, training, folder, report).run()
 
 
-@dataclass(frozen=True, eq=False)
-class Best:
-    """The best head of a candidate so far."""
+def shortlist_over(
+    backbone: Backbone, candidates: Sequence[Candidate], found: Sequence[Found], tolerance: float, limit: int
+) -> tuple[str, ...]:
+    """Of what several searches would go on with the `limit` that save most together; names, shallow to deep."""
+    best = {name: one.best[name] for one in found for name in one.shortlist}
+    spots = [place for place in places(backbone, candidates) if place.candidate.name in best]
+    kept = _best_together(spots, [best[place.candidate.name] for place in spots], tolerance, limit)
+    return tuple(place.candidate.name for place in kept)
 
-    score: float
-    price: float  # its share of the backbone's compute
-    answers: Answers
+
+def _best_together(spots: Sequence[Place], best: Sequence[Best], tolerance: float, limit: int) -> list[Place]:
+    depths = [place.candidate.flops_before / place.total if place.total else 0.0 for place in spots]
+    said = Records(
+        np.column_stack([b.answers.confidence for b in best]), np.column_stack([b.answers.agrees for b in best])
+    )
+    price = Costs(np.diff([0.0, *depths, 1.0]), np.array([b.price for b in best]))
+    return [spots[i] for i in shortlist(said, price, tolerance, limit)]
 
 
 class _Searcher:
@@ -261,12 +281,7 @@ class _Searcher:
         last = len(self.finished) == self.search.waves
         limit = self.search.shortlist if last else max(self.search.shortlist, -(-len(self.open) // 2))
         best = [self.best[place.index] for place in self.open]
-        depths = [p.candidate.flops_before / p.total if p.total else 0.0 for p in self.open]
-        said = Records(
-            np.column_stack([b.answers.confidence for b in best]), np.column_stack([b.answers.agrees for b in best])
-        )
-        price = Costs(np.diff([0.0, *depths, 1.0]), np.array([b.price for b in best]))
-        self.open = [self.open[i] for i in shortlist(said, price, self.tolerance, limit)]
+        self.open = _best_together(self.open, best, self.tolerance, limit)
 
     def _remember(self, trials: Sequence[Trial]) -> None:
         """What the best head of every candidate said of the selection rows."""
@@ -291,7 +306,8 @@ class _Searcher:
         kept = tuple(place.candidate.name for place in self.open)
         if len(kept) < len(self.places):
             self.report(f"{len(kept)} of {len(self.places)} candidates go on, those whose exits save most together")
-        return Found(configs, rates, kept, tuple(records))
+        told = {self.places[index].candidate.name: best for index, best in self.best.items()}
+        return Found(configs, rates, kept, tuple(records), told)
 
     def _fingerprint(self) -> str:
         """What the checkpoint belongs to: everything the search is asked to do."""

@@ -322,6 +322,11 @@ def test_a_compile_searches_within_its_memory_and_stores_what_it_found(tmp_path:
     again = compile(model, rows, tmp_path / "two", options=options)
     assert again.exits == manifest.exits
     assert again.files == manifest.files
+    said.clear()
+    one = replace(options, search=replace(options.search, shortlist=1))
+    compile(model, rows, tmp_path / "three", options=one, say=said.append)
+    assert "of all groups' candidates 1 go on" in said
+    assert sum(line.startswith("distilling") for line in said) == 1
 
 
 def test_candidates_go_in_groups_that_keep_to_the_memory(backbone: Backbone, candidates: tuple[Candidate, ...]) -> None:
