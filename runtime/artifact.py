@@ -46,7 +46,7 @@ class Artifact:
 
     path: Path
     manifest: Manifest
-    kept: Kept | None = None  # read from there, whatever stands at the path; None: from the path
+    kept: Kept | _Archive | None = None  # read from there, whatever stands at the path; None: from the path
 
     def read(self, name: str) -> bytes:
         """The bytes of one listed file, checked against the manifest in this very reading."""
@@ -87,11 +87,13 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
 def keep_open(artifact: Artifact) -> Artifact:
     """The same with its files held open until `Artifact.kept` is closed, so that it can be read once it was replaced.
 
-    Zip archives, and systems that cannot read at a position, are read from their path as before. Raises as
-    `open_artifact` where a file is gone.
+    On systems that cannot read at a position, directories are read from their path as before. Raises as `open_artifact`
+    where a file is gone.
     """
-    with _container(artifact.path) as container:
-        if isinstance(container, _Directory) and hasattr(os, "pread"):
+    with _explained(artifact.path, _found(artifact.path)) as container:
+        if isinstance(container, _Archive):
+            return replace(artifact, kept=container)
+        if hasattr(os, "pread"):
             return replace(artifact, kept=Kept(container, artifact.manifest.all_files()))
     return artifact
 
@@ -225,15 +227,25 @@ class _Positioned:
 
 
 class _Archive:
-    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+    """A zip, open until `close`. It outlives its name, and several threads may read it."""
+
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.archive = archive
+        self.archive = zipfile.ZipFile(path)
+        try:
+            self.root = self._root()
+        except BaseException:
+            self.close()
+            raise
+
+    def _root(self) -> str:
+        archive, path = self.archive, self.path
         names = [n for n in archive.namelist() if n.split("/")[-1] == MANIFEST_NAME and n.count("/") <= 1]
         roots = [n.removesuffix(MANIFEST_NAME) for n in sorted(names, key=len)]
         if not roots or (roots[0] and len(roots) > 1):
             found = f"{len(roots)} folders with a {MANIFEST_NAME}" if roots else f"no {MANIFEST_NAME}"
             raise ArtifactError(f"{path}: not an artifact ({found}); zip the directory that compile wrote")
-        self.root = roots[0]
+        return roots[0]
 
     def manifest(self) -> bytes:
         return _bounded(self.open(MANIFEST_NAME), self.path / MANIFEST_NAME)
@@ -247,19 +259,31 @@ class _Archive:
     def open(self, name: str) -> IO[bytes]:
         return self.archive.open(self.root + name)
 
+    def close(self) -> None:
+        """Let go of the archive; what is being read at this moment is read to its end."""
+        self.archive.close()
+
+
+def _found(path: Path) -> _Directory | _Archive:
+    """What stands at the path; an archive is to be closed."""
+    with _explained(path, None):
+        if path.is_dir():
+            return _Directory(path)
+        if not path.exists():
+            raise ArtifactError(f"{path}: does not exist; give the directory or zip that compile wrote")
+        if not zipfile.is_zipfile(path):
+            raise ArtifactError(f"{path}: neither a directory nor a zip archive; give what compile wrote")
+        return _Archive(path)
+
 
 @contextlib.contextmanager
 def _container(path: Path) -> Iterator[_Directory | _Archive]:
-    with _explained(path, None):
-        if path.is_dir():
-            yield _Directory(path)
-        elif not path.exists():
-            raise ArtifactError(f"{path}: does not exist; give the directory or zip that compile wrote")
-        elif not zipfile.is_zipfile(path):
-            raise ArtifactError(f"{path}: neither a directory nor a zip archive; give what compile wrote")
-        else:
-            with zipfile.ZipFile(path) as archive:
-                yield _Archive(path, archive)
+    with _explained(path, _found(path)) as container:
+        try:
+            yield container
+        finally:
+            if isinstance(container, _Archive):
+                container.close()
 
 
 @contextlib.contextmanager
