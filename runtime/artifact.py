@@ -2,9 +2,9 @@
 
 An artifact is a directory, or the same zipped, that holds `manifest.json` and the files it lists.
 `write_artifact` builds it in a temporary sibling and moves that into place, so a reader sees the old artifact
-or the new one. `open_artifact` checks the manifest, then presence, size and SHA-256 of every listed file;
-`Artifact.read` checks again what it returns, so what was hashed is what gets executed. `keep_open` lets a server read
-a version on after another has taken its place.
+or the new one; where the system cannot exchange two names, for a moment none. `open_artifact` checks the manifest, then
+presence, size and SHA-256 of every listed file; `Artifact.read` checks again what it returns, so what was hashed is
+what gets executed. `keep_open` lets a server read a version on after another has taken its place.
 
 Refused when opening: a manifest that `parse_manifest` refuses, a listed file that is missing, truncated,
 altered, a symbolic link or not a regular file, a damaged or encrypted archive. Nothing reads or decompresses
@@ -32,6 +32,7 @@ from typing import IO, Any, TypeVar
 from .engine import ModelBytes
 from .errors import ArtifactError, StorageError, UsageError
 from .manifest import MANIFEST_NAME, FileSpec, Manifest, dump_manifest, parse_manifest
+from .renaming import exchange
 
 EXTERNAL = ".data"  # behind a model's name: the file of weights too large for the model's own
 _MANIFEST_LIMIT = 64 << 20  # a manifest is kilobytes; this bounds what a hostile archive makes us hold
@@ -99,7 +100,11 @@ def keep_open(artifact: Artifact) -> Artifact:
 
 
 def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> None:
-    """Write a directory artifact at `out`, replacing an artifact that stands there once all is written."""
+    """Write a directory artifact at `out`, replacing an artifact that stands there once all is written.
+
+    On Linux the old and the new one change places at once. Elsewhere, and on file systems that cannot, the old one is
+    moved aside first: killed between the two, this process leaves it beside `out`, as `.NAME.*.old`.
+    """
     if {name: file_spec(data) for name, data in files.items()} != manifest.all_files():
         raise ValueError("the manifest's files are not the files given")
     target = Path(os.path.realpath(out))
@@ -110,15 +115,7 @@ def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mappi
         check_output(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         _write_files(draft, {**files, MANIFEST_NAME: dump_manifest(manifest)})
-        replacing = target.exists()
-        if replacing:
-            target.rename(retired)
-        try:
-            draft.rename(target)
-        except BaseException:  # an interruption too must not leave the old artifact under its hidden name
-            if replacing:
-                retired.rename(target)
-            raise
+        _put_in_place(draft, target, retired)
     except OSError as error:
         raise StorageError(
             f"{out}: could not be written ({error.strerror or error}); "
@@ -127,6 +124,21 @@ def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mappi
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _put_in_place(draft: Path, target: Path, retired: Path) -> None:
+    """Give the draft its name; what had it is called `draft` or `retired` now."""
+    replacing = target.exists()
+    if replacing and exchange(draft, target):
+        return
+    if replacing:
+        target.rename(retired)
+    try:
+        draft.rename(target)
+    except BaseException:  # an interruption too must not leave the old artifact under its hidden name
+        if replacing:
+            retired.rename(target)
+        raise
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
