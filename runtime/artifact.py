@@ -2,9 +2,9 @@
 
 An artifact is a directory, or the same zipped, that holds `manifest.json` and the files it lists.
 `write_artifact` builds it in a temporary sibling and moves that into place, so a reader sees the old artifact
-or the new one. `open_artifact` checks the manifest, then presence, size and SHA-256 of every listed file;
-`Artifact.read` checks again what it returns, so what was hashed is what gets executed. `keep_open` lets a server read
-a version on after another has taken its place.
+or the new one; where the system cannot exchange two names, for a moment none. `open_artifact` checks the manifest, then
+presence, size and SHA-256 of every listed file; `Artifact.read` checks again what it returns, so what was hashed is
+what gets executed. `keep_open` lets a server read a version on after another has taken its place.
 
 Refused when opening: a manifest that `parse_manifest` refuses, a listed file that is missing, truncated,
 altered, a symbolic link or not a regular file, a damaged or encrypted archive. Nothing reads or decompresses
@@ -32,6 +32,7 @@ from typing import IO, Any, TypeVar
 from .engine import ModelBytes
 from .errors import ArtifactError, StorageError, UsageError
 from .manifest import MANIFEST_NAME, FileSpec, Manifest, dump_manifest, parse_manifest
+from .renaming import exchange
 
 EXTERNAL = ".data"  # behind a model's name: the file of weights too large for the model's own
 _MANIFEST_LIMIT = 64 << 20  # a manifest is kilobytes; this bounds what a hostile archive makes us hold
@@ -46,7 +47,7 @@ class Artifact:
 
     path: Path
     manifest: Manifest
-    kept: Kept | None = None  # read from there, whatever stands at the path; None: from the path
+    kept: Kept | _Archive | None = None  # read from there, whatever stands at the path; None: from the path
 
     def read(self, name: str) -> bytes:
         """The bytes of one listed file, checked against the manifest in this very reading."""
@@ -87,17 +88,23 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
 def keep_open(artifact: Artifact) -> Artifact:
     """The same with its files held open until `Artifact.kept` is closed, so that it can be read once it was replaced.
 
-    Zip archives, and systems that cannot read at a position, are read from their path as before. Raises as
-    `open_artifact` where a file is gone.
+    On systems that cannot read at a position, directories are read from their path as before. Raises as `open_artifact`
+    where a file is gone.
     """
-    with _container(artifact.path) as container:
-        if isinstance(container, _Directory) and hasattr(os, "pread"):
+    with _explained(artifact.path, _found(artifact.path)) as container:
+        if isinstance(container, _Archive):
+            return replace(artifact, kept=container)
+        if hasattr(os, "pread"):
             return replace(artifact, kept=Kept(container, artifact.manifest.all_files()))
     return artifact
 
 
 def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> None:
-    """Write a directory artifact at `out`, replacing an artifact that stands there once all is written."""
+    """Write a directory artifact at `out`, replacing an artifact that stands there once all is written.
+
+    On Linux the old and the new one change places at once. Elsewhere, and on file systems that cannot, the old one is
+    moved aside first: killed between the two, this process leaves it beside `out`, as `.NAME.*.old`.
+    """
     if {name: file_spec(data) for name, data in files.items()} != manifest.all_files():
         raise ValueError("the manifest's files are not the files given")
     target = Path(os.path.realpath(out))
@@ -108,15 +115,7 @@ def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mappi
         check_output(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         _write_files(draft, {**files, MANIFEST_NAME: dump_manifest(manifest)})
-        replacing = target.exists()
-        if replacing:
-            target.rename(retired)
-        try:
-            draft.rename(target)
-        except BaseException:  # an interruption too must not leave the old artifact under its hidden name
-            if replacing:
-                retired.rename(target)
-            raise
+        _put_in_place(draft, target, retired)
     except OSError as error:
         raise StorageError(
             f"{out}: could not be written ({error.strerror or error}); "
@@ -125,6 +124,21 @@ def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mappi
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _put_in_place(draft: Path, target: Path, retired: Path) -> None:
+    """Give the draft its name; what had it is called `draft` or `retired` now."""
+    replacing = target.exists()
+    if replacing and exchange(draft, target):
+        return
+    if replacing:
+        target.rename(retired)
+    try:
+        draft.rename(target)
+    except BaseException:  # an interruption too must not leave the old artifact under its hidden name
+        if replacing:
+            retired.rename(target)
+        raise
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -228,15 +242,25 @@ class _Positioned:
 
 
 class _Archive:
-    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+    """A zip, open until `close`. It outlives its name, and several threads may read it."""
+
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.archive = archive
+        self.archive = zipfile.ZipFile(path)
+        try:
+            self.root = self._root()
+        except BaseException:
+            self.close()
+            raise
+
+    def _root(self) -> str:
+        archive, path = self.archive, self.path
         names = [n for n in archive.namelist() if n.split("/")[-1] == MANIFEST_NAME and n.count("/") <= 1]
         roots = [n.removesuffix(MANIFEST_NAME) for n in sorted(names, key=len)]
         if not roots or (roots[0] and len(roots) > 1):
             found = f"{len(roots)} folders with a {MANIFEST_NAME}" if roots else f"no {MANIFEST_NAME}"
             raise ArtifactError(f"{path}: not an artifact ({found}); zip the directory that compile wrote")
-        self.root = roots[0]
+        return roots[0]
 
     def manifest(self) -> bytes:
         return _bounded(self.open(MANIFEST_NAME), self.path / MANIFEST_NAME)
@@ -250,19 +274,31 @@ class _Archive:
     def open(self, name: str) -> IO[bytes]:
         return self.archive.open(self.root + name)
 
+    def close(self) -> None:
+        """Let go of the archive; what is being read at this moment is read to its end."""
+        self.archive.close()
+
+
+def _found(path: Path) -> _Directory | _Archive:
+    """What stands at the path; an archive is to be closed."""
+    with _explained(path, None):
+        if path.is_dir():
+            return _Directory(path)
+        if not path.exists():
+            raise ArtifactError(f"{path}: does not exist; give the directory or zip that compile wrote")
+        if not zipfile.is_zipfile(path):
+            raise ArtifactError(f"{path}: neither a directory nor a zip archive; give what compile wrote")
+        return _Archive(path)
+
 
 @contextlib.contextmanager
 def _container(path: Path) -> Iterator[_Directory | _Archive]:
-    with _explained(path, None):
-        if path.is_dir():
-            yield _Directory(path)
-        elif not path.exists():
-            raise ArtifactError(f"{path}: does not exist; give the directory or zip that compile wrote")
-        elif not zipfile.is_zipfile(path):
-            raise ArtifactError(f"{path}: neither a directory nor a zip archive; give what compile wrote")
-        else:
-            with zipfile.ZipFile(path) as archive:
-                yield _Archive(path, archive)
+    with _explained(path, _found(path)) as container:
+        try:
+            yield container
+        finally:
+            if isinstance(container, _Archive):
+                container.close()
 
 
 @contextlib.contextmanager

@@ -78,6 +78,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("--max-batch", type=positive, default=32, metavar="N", help="rows of one call of a stage (default 32)")
     add("--queue-rows", type=positive, default=4096, metavar="N", help="rows of a model that may wait (default 4096)")
     add(
+        "--queue-bytes", type=byte_size, default=512 << 20, metavar="SIZE",
+        help="of the inputs of a model's rows that wait or run (default 512MiB)",
+    )  # fmt: skip
+    add(
         "--latency-budget-ms", type=seconds, default=50.0, metavar="MS",
         help="a row waits at most so long for others to fill a batch, and only while others run (default 50)",
     )  # fmt: skip
@@ -268,6 +272,7 @@ def _build(
         workers=args.workers or max(1, usable_cores() // args.threads),
         max_batch=args.max_batch,
         queue_rows=args.queue_rows,
+        queue_bytes=args.queue_bytes,
         latency_budget=args.latency_budget_ms / 1e3,
         observer=observer,
         recorder=recorder,

@@ -8,8 +8,8 @@ what a request's rows are owed, `watching` which of them run on for the record, 
 One lock holds the state of all of it. Stages run, and callers are told, outside the lock; what a call of a neighbour
 raises is logged, and costs nobody's rows.
 
-Refused when a request comes: what `Session.run` refuses, more rows than the queue can ever hold, a queue without room
-for all of them, an engine that is closing.
+Refused when a request comes: what `Session.run` refuses, more rows or bytes than the queue can ever hold, a queue
+without room for all of them, an engine that is closing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..execution import Stage
 from ..inputs import Batch, check_batch, check_tolerance
 from .clock import Clock
 from .joined import Outcome, as_ours, failed, run_joined
-from .ledger import Ledger
+from .ledger import Ledger, Room
 from .queues import Claim, Queues
 from .requests import Chunk, Request, Spoken
 from .watching import Watching
@@ -48,31 +48,33 @@ class BatchingEngine:
         workers: int,
         max_batch: int = 32,
         queue_rows: int = 1024,
+        queue_bytes: int = 512 << 20,
         latency_budget: float = 0.05,
         observer: Observer | None = None,
         recorder: Recorder | None = None,
         watched_rows: int = 256,
     ) -> None:
         """`workers` batches of at most `max_batch` rows run at a time. A model has at most `queue_rows` rows that are
-        accepted and not answered. Rows that left an exit wait for company at most `latency_budget` seconds.
+        accepted and not answered, and their inputs have at most `queue_bytes` bytes. Rows that left an exit wait for
+        company at most `latency_budget` seconds.
 
         `recorder` chooses rows to run on to the end; at most `watched_rows` are on their way at a time.
         """
-        counts = {"workers": workers, "max_batch": max_batch, "queue_rows": queue_rows}
+        counts = {"workers": workers, "max_batch": max_batch, "queue_rows": queue_rows, "queue_bytes": queue_bytes}
         for name, count in counts.items():
             if count < 1:
                 raise UsageError(f"{name} is {count}; give 1 or more")
         if not latency_budget >= 0 or watched_rows < 0:
             raise UsageError(f"latency_budget is {latency_budget}, watched_rows {watched_rows}; give 0 or more")
         self._host, self._observer = host, observer or Silent()
-        self._max_batch, self._queue_rows = max_batch, queue_rows
+        self._room = Room(queue_rows, queue_bytes)
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # there is something to run, or the engine stops
         self._idle = threading.Condition(self._lock)  # no row is open
         self._closing = False
         self._watching = Watching(recorder, self._observer, watched_rows)
         self._queues = Queues(max_batch, latency_budget)
-        self._ledger = Ledger(self._queues, self._watching, self._observer, queue_rows)
+        self._ledger = Ledger(self._queues, self._watching, self._observer, self._room)
         self._clock = Clock()
         host.listen(self._changed)
         self._threads = [
@@ -123,8 +125,8 @@ class BatchingEngine:
         if not manifest.stages:
             raise UsageError(f"{model}: has no stages to serve; compile it with target onnx-segments")
         _check_deadline(asked.deadline)
-        if rows > self._queue_rows:
-            raise InputError(f"the batch has {rows} rows, the server takes {self._queue_rows}; send it in parts")
+        row_bytes = sum(array.nbytes for array in arrays.values()) // max(rows, 1)
+        self._room.check(rows, row_bytes)
         watched = self._watching.chosen(model, rows)
         kept = np.flatnonzero(watched)
         keeps = asked.best_effort or asked.deadline is not None
@@ -143,6 +145,7 @@ class BatchingEngine:
             spoken=Spoken.nothing(rows, manifest.classes) if keeps or len(kept) else None,
             open=np.ones(rows, bool),
             left=rows,
+            row_bytes=row_bytes,
         )
         return request, Chunk(request, np.arange(rows), arrays, accepted)
 

@@ -203,12 +203,15 @@ class ModelHost:
         first = version.parts[0]
         if not self._shelf.fits(first):
             return
-        self._load(self._shelf.loading(first))
-        if first.error is not None:
-            raise first.error
-        gone = self._shelf.evictions()
-        if gone is not None:  # it turned out larger than the room there was
-            self._evict(gone)
+        again = True
+        while again:
+            self._load(self._shelf.loading(first))
+            if first.error is not None:
+                raise first.error
+            gone = self._shelf.evictions()
+            if gone is not None:  # it turned out larger than the room there was
+                self._evict(gone)
+            again = self._shelf.doubts(first)
 
     def _work(self) -> None:
         while (job := self._shelf.next()) is not None:

@@ -8,37 +8,65 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from ..errors import BusyError, OfframpError
+from ..errors import BusyError, InputError, OfframpError
 from .joined import Outcome
-from .queues import Queues
+from .queues import Lane, Queues
 from .requests import Chunk, Request
 from .watching import Watching
 from .work import Leaving, Observer
 
 
+@dataclass(frozen=True)
+class Room:
+    """How many rows of a model may be open at a time, and how many bytes their inputs may have."""
+
+    rows: int
+    bytes: int
+
+    def check(self, rows: int, row_bytes: int) -> None:
+        """Raises `InputError` where a request of rows with inputs of `row_bytes` each never fits."""
+        if rows > self.rows:
+            raise InputError(f"the batch has {rows} rows, the server takes {self.rows}; send it in parts")
+        if rows * row_bytes > self.bytes:
+            raise InputError(
+                f"the batch has {rows * row_bytes} bytes of inputs, the server takes {self.bytes}; send it in parts"
+            )
+
+    def check_now(self, lane: Lane, rows: int, row_bytes: int) -> None:
+        """Raises `BusyError` where it does not fit beside what is open."""
+        if lane.open + rows > self.rows:
+            raise BusyError(
+                f"{lane.model}: {lane.open} rows wait of {self.rows} that may, and {rows} more do not fit; "
+                "send them again in a moment"
+            )
+        if lane.bytes + rows * row_bytes > self.bytes:
+            raise BusyError(
+                f"{lane.model}: inputs of {lane.bytes} bytes wait of {self.bytes} that may, and {rows * row_bytes} "
+                "more do not fit; send them again in a moment"
+            )
+
+
 class Ledger:
     """Requests and their rows."""
 
-    def __init__(self, queues: Queues, watching: Watching, observer: Observer, queue_rows: int) -> None:
+    def __init__(self, queues: Queues, watching: Watching, observer: Observer, room: Room) -> None:
         self.queues = queues
         self.requests: set[Request] = set()  # with rows still open
         self.after: list[Callable[[], None]] = []
         self.stopped = False  # nothing goes on from here
-        self._watching, self._observer, self._room = watching, observer, queue_rows
+        self._watching, self._observer, self._room = watching, observer, room
 
     def admit(self, request: Request, chunk: Chunk, stages: int) -> None:
         """Queue a request's rows, all in one chunk, for stage 0. Raises `BusyError` where they do not fit."""
         lane = self.queues.lane(request.model)
-        if lane.open + request.left > self._room:
-            raise BusyError(
-                f"{request.model}: {lane.open} rows wait of {self._room} that may, and {request.left} more do not fit; "
-                "send them again in a moment"
-            )
+        self._room.check_now(lane, request.left, request.row_bytes)
         lane.open += request.left
+        lane.bytes += request.left * request.row_bytes
         lane.stages = max(lane.stages, stages)
         request.watched = self._watching.reserve(request.watched)
         self.requests.add(request)
@@ -185,7 +213,9 @@ class Ledger:
         """Open rows are not open any more, and give their room back."""
         request.open[rows] = False
         request.left -= len(rows)
-        self.queues.lane(request.model).open -= len(rows)
+        lane = self.queues.lane(request.model)
+        lane.open -= len(rows)
+        lane.bytes -= len(rows) * request.row_bytes
         if request.left:
             return
         self.requests.discard(request)

@@ -50,6 +50,7 @@ class Part:
         self.untried = True  # so it is loaded when there is room to spare
         self.promised = -math.inf  # until then it waits for those it was loaded for
         self.error: OfframpError | None = None  # for the next who asks
+        self.refused = -math.inf  # until then it is too large without being measured again
 
     @property
     def bytes(self) -> int:
@@ -58,6 +59,14 @@ class Part:
     @property
     def expected(self) -> int:
         return sum(slot.sizes.expected for slot in self.slots)
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(slot.sizes.file_bytes for slot in self.slots)
+
+    @property
+    def least(self) -> int:
+        return sum(slot.sizes.least for slot in self.slots)
 
     @property
     def certain(self) -> bool:
@@ -87,6 +96,11 @@ class Part:
             slot.stage, slot.load_seconds = loaded.stage, loaded.seconds
             slot.sizes.add(loaded.bytes, quiet)
         self.loaded = True
+
+    def measure_again(self) -> None:
+        """Nothing is known of its size any more; not while it is in memory."""
+        for slot in self.slots:
+            slot.sizes.drop()
 
     def empty(self) -> list[Stage]:
         """It is not, once the stages given back are let go of."""

@@ -107,6 +107,7 @@ class Lane:
         self.queues: dict[Place, Queue] = {}
         self.stages = 0  # of the version with the most
         self.open = 0  # rows accepted and not closed, queued or not
+        self.bytes = 0  # of the inputs of those rows
         self.virtual = 0.0  # seconds
         self.active = False
         self.running = 0  # claims not done

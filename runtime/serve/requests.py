@@ -60,6 +60,7 @@ class Request:
     spoken: Spoken | None  # None: nothing of it is ever asked for
     open: np.ndarray  # [B] bool
     left: int  # open rows
+    row_bytes: int  # of the inputs of each of its rows
     chunks: int = 0  # queued, at a worker, or pinned; at 0 the request is over
     queued: set[Chunk] = field(default_factory=set)
     overdue: bool = False  # past its deadline: the first exit that speaks answers

@@ -13,7 +13,10 @@ each other out for ever, and neither would run. What is told to go is taken by n
 keep others waiting for ever either.
 
 A size that was never measured is expected to be that of the file, for the room made beforehand; after a loading what
-was measured counts, and others go where it turns out too much.
+was measured counts, and others go where it turns out too much. A part that seems larger than the whole budget goes at
+once and, where somebody asked for it, is loaded again until enough figures agree; then it is refused for `REFUSAL`
+seconds, after which an ask measures it anew. So no spoilt figure makes a part unusable, and a part that is too large
+does not throw the others out at every ask.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from .parts import Part, Slot
 from .policies import Policy, victims
 
 GRACE = 2.0  # seconds; a worker that is busy with another batch comes back within
+REFUSAL = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -123,15 +127,15 @@ class Shelf:
         first = parts[0]
         with self.lock:
             self._check_open(first)
-            first.takers += 1
-            self._ask(first)
             self.add(parts)
-            self.lock.wait_for(lambda: first.error is not None or first.loaded or self._closed)
-            if first.error is None and not self._closed:
-                first.promised = -math.inf
-                return
+            while first.error is None and not self._closed:
+                if first.loaded and not first.leaving:
+                    first.takers += 1
+                    first.promised = -math.inf
+                    return
+                self._ask(first)
+                self.lock.wait()
             self._asked.pop(first, None)
-            self.give(first)
             self._check_open(first)
             self.forget(parts)
             raise self._told(first)
@@ -140,6 +144,11 @@ class Shelf:
         """Whether there is room for a part, as far as its size is known."""
         with self.lock:
             return self._used() + part.expected <= self._budget
+
+    def doubts(self, part: Part) -> bool:
+        """Whether all that was measured of a part is larger than the budget, but too little was."""
+        with self.lock:
+            return part.least > self._budget and not part.certain
 
     def next(self) -> Job | None:
         """What is to be done now, as soon as there is something; None once closed."""
@@ -172,11 +181,13 @@ class Shelf:
         with self.lock:
             quiet = job.uses == self._uses
             part.fill(stages, quiet)
-            asked = part in self._asked
-            self._asked.pop(part, None)
-            if part.bytes > self._budget:
-                part.leaving, part.error = True, self._too_large(part)
-            elif asked:
+            if part.least > self._budget:
+                part.leaving = True
+                if part.certain:
+                    part.refused = self._clock() + REFUSAL
+                    self._refuse(part)
+            elif part in self._asked:
+                del self._asked[part]
                 part.promised = self._clock() + self._grace
             elif self._used() > self._budget:
                 part.leaving = True
@@ -242,16 +253,21 @@ class Shelf:
         part = next(iter(self._asked), None)
         if part is None or part.loaded:  # loaded: it was told to go, and somebody still has it
             return None
-        if part.certain and part.bytes > self._budget:
-            del self._asked[part]
-            part.error = self._too_large(part)
-            self.lock.notify_all()
+        if part.file_bytes > self._budget or self._clock() < part.refused:
+            self._refuse(part)
             return Refused(part)
-        need = part.expected if part.certain else min(part.expected, self._budget)
+        if part.certain and part.least > self._budget:
+            part.measure_again()
+        need = min(part.expected, self._budget)
         if self._used() + need <= self._budget:
             return self.loading(part)
         self._tell_to_go(part, need)
         return self._evictions()
+
+    def _refuse(self, part: Part) -> None:
+        self._asked.pop(part, None)
+        part.error = self._too_large(part)
+        self.lock.notify_all()
 
     def _spare(self) -> LoadPart | None:
         """A part that was not tried yet and fits, once those before it are in memory."""
@@ -288,7 +304,7 @@ class Shelf:
 
     def _too_large(self, part: Part) -> StorageError:
         return StorageError(
-            f"{part.title} takes {_mib(part.bytes)} of memory, the budget for all models is {_mib(self._budget)}; "
+            f"{part.title} takes {_mib(part.least)} of memory, the budget for all models is {_mib(self._budget)}; "
             "raise the memory budget, or compile with more exits for smaller stages"
         )
 

@@ -27,6 +27,7 @@ from offramp.runtime import (
     open_artifact,
     write_artifact,
 )
+from offramp.runtime.renaming import exchange
 
 
 def zipped(folder: Path, out: Path, prefix: str = "", compression: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -338,11 +339,57 @@ def test_a_full_disk_leaves_what_was_there(
     assert (tree(out) if replacing else {}) == before
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from offramp.runtime import artifact
+from tiny import write_tiny
+
+def killing(step):
+    def killed(*names):
+        step(*names)
+        os._exit(9)
+    return killed
+
+Path.rename = killing(Path.rename)
+artifact.exchange = killing(artifact.exchange)
+write_tiny(Path(sys.argv[1]))
+"""
+
+
+def test_a_kill_while_one_takes_the_other_s_place_leaves_one_there(tmp_path: Path, environment: dict[str, str]) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_text("1")
+    other.mkdir()
+    if not exchange(one, other):
+        pytest.skip("this file system cannot exchange two names")
+    assert (other.read_text(), one.is_dir()) == ("1", True)
+    with pytest.raises(FileNotFoundError):
+        exchange(one, tmp_path / "none")
+    out = write_tiny(tmp_path / "out").path
+    command = [sys.executable, "-c", KILLED, str(out), str(Path(__file__).parent)]
+    assert subprocess.run(command, env=environment, check=False).returncode == 9
+    open_artifact(out)
+
+
+def test_an_artifact_is_replaced_where_names_cannot_be_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write_tiny(tmp_path / "out").path
+    inode = out.stat().st_ino
+    monkeypatch.setattr("offramp.runtime.artifact.exchange", lambda one, other: False)
+    write_tiny(out)
+    assert out.stat().st_ino != inode
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_failed_exchange_puts_the_old_artifact_back(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = write_tiny(tmp_path / "out").path
     before = tree(out)
+    monkeypatch.setattr("offramp.runtime.artifact.exchange", lambda one, other: False)
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:

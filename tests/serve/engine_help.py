@@ -37,6 +37,10 @@ def rows_at(exit: int, count: int, thresholds: tuple[float, ...] = THRESHOLDS) -
     return rows_of(many, np.flatnonzero(reference(many, thresholds)[1] == exit)[:count])
 
 
+def bytes_of(rows: dict[str, np.ndarray]) -> int:
+    return sum(value.nbytes for value in rows.values())
+
+
 class Watched:
     """An `EngineSession` that notes its calls, and can be held up and made to fail."""
 

@@ -19,6 +19,7 @@ from engine_help import (  # noqa: F401
     Journal,
     Receiver,
     Start,
+    bytes_of,
     host,
     journal,
     rows_at,
@@ -177,6 +178,40 @@ def test_a_full_queue_refuses_at_once_and_takes_again(start: Start, host: FakeHo
     assert journal.accepted_ == [("a", 1), ("a", 7), ("b", 8), ("a", 8)]
 
 
+def test_inputs_that_are_too_many_bytes_are_refused_at_once(start: Start, host: FakeHost, journal: Journal) -> None:
+    row = bytes_of(batch(1))
+    engine = start(queue_bytes=8 * row)  # of rows there may be far more
+    first = hold_up(engine, host)
+    ticket = engine.submit("a", rows_at(2, 7), PLAIN, Receiver(7))
+    with pytest.raises(BusyError, match=rf"a: inputs of {8 * row} bytes wait of {8 * row} that may, and {row} more do"):
+        engine.submit("a", rows_at(0, 1), PLAIN, Receiver(1))
+    other = Receiver(8)
+    engine.submit("b", rows_at(0, 8), PLAIN, other)  # another model's room is its own
+    ticket.cancel()
+    ticket.cancel()
+    waiting = Receiver(7)
+    engine.submit("a", rows_at(2, 7), PLAIN, waiting)
+    with pytest.raises(BusyError):  # what was cancelled gave its room back once
+        engine.submit("a", rows_at(0, 1), PLAIN, Receiver(1))
+    host.gate.set()
+    for receiver in (first, waiting, other):
+        receiver.wait()
+    again = Receiver(8)
+    engine.submit("a", rows_at(2, 8), PLAIN, again)
+    again.wait()
+    assert journal.refused_ == [("a", 1, "busy")] * 2
+
+
+def test_a_request_larger_than_the_queue_ever_holds_is_an_input_error(start: Start, host: FakeHost) -> None:
+    row = bytes_of(batch(1))
+    engine = start(queue_bytes=8 * row)
+    with pytest.raises(
+        InputError, match=rf"has {9 * row} bytes of inputs, the server takes {8 * row}; send it in parts"
+    ):
+        engine.submit("a", batch(9), PLAIN, Receiver(9))
+    host.at_rest()
+
+
 def test_cancelled_rows_give_their_room_back_at_once(start: Start, host: FakeHost) -> None:
     engine = start(queue_rows=8)
     running = hold_up(engine, host)
@@ -244,7 +279,9 @@ def test_a_batch_without_rows_delivers_nothing(start: Start, host: FakeHost) -> 
     assert not receiver.leavings
 
 
-@pytest.mark.parametrize("options", [{"workers": 0}, {"max_batch": 0}, {"queue_rows": 0}, {"latency_budget": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"workers": 0}, {"max_batch": 0}, {"queue_rows": 0}, {"queue_bytes": 0}, {"latency_budget": -1.0}]
+)
 def test_an_engine_that_could_serve_nobody_is_refused(start: Start, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         start(**options)

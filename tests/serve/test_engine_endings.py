@@ -21,6 +21,7 @@ from engine_help import (  # noqa: F401
     Receiver,
     Start,
     ask,
+    bytes_of,
     host,
     journal,
     missed,
@@ -246,8 +247,8 @@ def test_every_row_is_delivered_once_whatever_happens(tiny: Tiny, seed: int) -> 
     """Clients that submit, cancel and give deadlines, memory that comes and goes, an engine that closes on them."""
     host, journal, notes = FakeHost(tiny, "ab"), Journal(), Notes(0.3, seed)
     engine = BatchingEngine(
-        host, workers=3, max_batch=5, queue_rows=60, latency_budget=0.002, observer=journal, recorder=notes,
-        watched_rows=20,
+        host, workers=3, max_batch=5, queue_rows=60, queue_bytes=50 * bytes_of(batch(1)), latency_budget=0.002,
+        observer=journal, recorder=notes, watched_rows=20,
     )  # fmt: skip
     stop, kept, cancelled = threading.Event(), [], []
     lock = threading.Lock()
@@ -313,7 +314,7 @@ def test_every_row_is_delivered_once_whatever_happens(tiny: Tiny, seed: int) -> 
         assert not receiver.wrong
     host.at_rest()
     assert set(engine.depths().values()) <= {0}
-    assert not any(lane.open or lane.running or lane.queues for lane in engine._queues._lanes.values())
+    assert not any(lane.open or lane.bytes or lane.running or lane.queues for lane in engine._queues._lanes.values())
     assert engine._watching.free == 20
     answers = sum(len(receiver.rows) for receiver in kept) + sum(len(receiver.rows) for receiver, _ in cancelled)
     assert answers <= sum(rows for *_, rows, _ in journal.answered_) <= sum(rows for _, rows in journal.accepted_)

@@ -24,7 +24,7 @@ def request(model: str = "a", rows: int = 1000, version: int = 0) -> Request:
     nothing = np.zeros(rows, bool)
     return Request(
         model, hosted, np.zeros((rows, 2), np.float32), lambda leaving: None, 0.0, False, False,
-        nothing, {}, np.arange(0), None, ~nothing, rows,
+        nothing, {}, np.arange(0), None, ~nothing, rows, 16,
     )  # fmt: skip
 
 

@@ -81,16 +81,27 @@ def test_rates_halve_with_use() -> None:
 
 def test_a_file_is_expected_until_measured_and_quiet_figures_count() -> None:
     sizes = Sizes(70)
-    assert (sizes.bytes, sizes.expected, sizes.certain) == (0, 70, False)
-    for figure in (900, 100, 120):
+    assert (sizes.bytes, sizes.expected, sizes.least, sizes.certain) == (0, 70, 70, False)
+    for figure in (900, 100):
         sizes.add(figure, quiet=False)
-    assert (sizes.bytes, sizes.expected, sizes.certain) == (120, 120, False)
-    for figure in (-5, 110):
-        sizes.add(figure, quiet=False)
-    assert (sizes.bytes, sizes.certain) == (110, True)
-    sizes.add(30, quiet=True)
-    assert (sizes.bytes, sizes.certain) == (30, True)
+    assert (sizes.bytes, sizes.expected, sizes.least, sizes.certain) == (100, 100, 100, False)
+    sizes.add(120, quiet=True)
+    assert (sizes.bytes, sizes.least, sizes.certain) == (120, 100, True)
     for _ in range(9):
-        sizes.add(50, quiet=True)
-        sizes.add(1, quiet=False)
-    assert sizes.bytes == 50
+        sizes.add(80, quiet=True)
+        sizes.add(110, quiet=False)
+    assert (sizes.bytes, sizes.least) == (80, 80)
+    sizes.drop()
+    assert (sizes.bytes, sizes.expected, sizes.certain) == (0, 70, False)
+
+
+def test_one_spoilt_figure_does_not_count_for_long() -> None:
+    high, low = Sizes(70), Sizes(70)
+    high.add(1500, quiet=True)
+    assert not high.certain
+    low.add(-400, quiet=True)  # another thread gave back what it had
+    assert (low.bytes, low.certain) == (70, False)
+    for sizes in (high, low):
+        for _ in range(3):
+            sizes.add(90, quiet=True)
+        assert (sizes.bytes, sizes.certain) == (90, True)

@@ -18,15 +18,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import batch
+from tiny import batch, write_tiny
 from web_help import PATIENCE, as_lists
 from websockets.sync.client import connect
 
 import offramp.runtime
 from offramp.runtime.cli import main
 from offramp.runtime.commands import byte_size
-from offramp.runtime.errors import UsageError
+from offramp.runtime.errors import InputError, UsageError
 from offramp.runtime.serve import command
+from offramp.runtime.serve.metrics import Metrics
+from offramp.runtime.serve.work import Asked
 
 HELP = Path(__file__).with_name("command_help.py")
 
@@ -141,6 +143,17 @@ def test_limits_reach_the_server() -> None:
     settings = command.settings_of(parsed(*words))
     found = (settings.max_message, settings.max_rows, settings.max_connections, settings.idle_seconds)
     assert found == (1 << 20, 7, 3, 2.5)
+
+
+def test_the_queue_s_bounds_reach_the_engine(tmp_path: Path) -> None:
+    args = parsed("--queue-rows", "40", "--queue-bytes", "1KiB")
+    paths = {"tiny": write_tiny(tmp_path / "tiny").path}
+    with contextlib.ExitStack() as stack:
+        engine, _ = command._build(args, paths, Metrics(), stack)
+        with pytest.raises(InputError, match="41 rows, the server takes 40"):
+            engine.submit("tiny", batch(41), Asked(), print)
+        with pytest.raises(InputError, match="1440 bytes of inputs, the server takes 1024"):
+            engine.submit("tiny", batch(40), Asked(), print)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tiny import batch, tiny_files, tiny_manifest
 
 from offramp.runtime import ArtifactError, open_artifact, write_artifact
 from offramp.runtime.artifact import keep_open
+from offramp.runtime.manifest import Manifest
 from offramp.runtime.serve.host import ModelHost
 
 SWAPS = 12
@@ -26,6 +28,16 @@ def write(path: Path, version: int) -> None:
     files = tiny_files()
     manifest = tiny_manifest(files)
     write_artifact(path, replace(manifest, backbone=replace(manifest.backbone, name=f"tiny{version}")), files)
+
+
+def put(path: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+    """An artifact, zipped where the path says so, in the place of what stands there."""
+    if path.suffix != ".zip":
+        write_artifact(path, manifest, files)
+        return
+    folder = path.with_suffix("")
+    write_artifact(folder, manifest, files)
+    Path(shutil.make_archive(f"{folder}.draft", "zip", folder)).replace(path)
 
 
 async def swapping(url: str, path: Path) -> list[str]:
@@ -58,14 +70,14 @@ def test_swaps_under_load_lose_nothing(tmp_path: Path) -> None:
     assert "Traceback" not in said.read_text()
 
 
-def test_a_replaced_version_still_loads_its_deep_stages(tmp_path: Path) -> None:
-    path = tmp_path / "tiny.offramp"
-    write(path, 0)
+@pytest.mark.parametrize("name", ["tiny.offramp", "tiny.zip"])
+def test_a_replaced_version_still_loads_its_deep_stages(tmp_path: Path, name: str) -> None:
+    path, files = tmp_path / name, tiny_files()
+    put(path, tiny_manifest(files), files)
     host = ModelHost({MODEL: str(path)}, budget=15 * K, load=Loads([10, 10, 10]))
     old = host.hold(MODEL)
-    files = tiny_files()
     other = {name: data + b"newer" if name == old.manifest.stages[2].file else data for name, data in files.items()}
-    write_artifact(path, replace(tiny_manifest(other), default_plan=0), other)
+    put(path, replace(tiny_manifest(other), default_plan=0), other)
     host.swap(MODEL)
     assert host.hold(MODEL) is not old
     rows = batch(4)
@@ -78,15 +90,18 @@ def test_a_replaced_version_still_loads_its_deep_stages(tmp_path: Path) -> None:
     host.close()
 
 
-def test_an_artifact_kept_open_is_read_after_it_was_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "tiny.offramp"
-    write(path, 0)
+@pytest.mark.parametrize("name", ["tiny.offramp", "tiny.zip"])
+def test_an_artifact_kept_open_is_read_after_it_was_replaced(tmp_path: Path, name: str) -> None:
+    path, files = tmp_path / name, tiny_files()
+    put(path, tiny_manifest(files), files)
     loose = open_artifact(path)
     kept = keep_open(loose)
-    shutil.rmtree(path)
+    path.rename(tmp_path / "gone")
     for name, data in tiny_files().items():
         assert kept.read(name) == data
     with pytest.raises(ArtifactError, match="does not exist"):
         loose.read("report.html")
     assert kept.kept is not None
     kept.kept.close()
+    with pytest.raises(ValueError, match="closed"):
+        kept.read("report.html")
