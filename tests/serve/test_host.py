@@ -421,9 +421,9 @@ def test_many_threads_get_right_answers_while_versions_change(tmp_path: Path, po
     in_threads(*(lambda seed=seed: steady(seed) for seed in range(4)), swapper)
     until(lambda: host.memory() <= 70 * K)
     assert over
-    loaded, evicted = told.of("loaded"), told.of("evicted")
-    host.close()
-    assert len(told.of("evicted")) == len(loaded) >= len(evicted)
+    before = len(told.of("evicted"))
+    host.close()  # until then a stage may still be loading
+    assert len(told.of("evicted")) == len(told.of("loaded")) >= before > 0
     assert host.memory() == 0
 
 
