@@ -1,7 +1,8 @@
 """`offramp serve`: artifacts on a port, until a signal stops it.
 
-SIGTERM and SIGINT: no new connection is taken, what was accepted is answered, and the exit status is 0. SIGHUP reads
-every model's path again; a model that cannot be read stays as it was, and stderr says why.
+SIGTERM and SIGINT: no new connection is taken, what was accepted is answered, and the exit status is 0. A second
+SIGINT answers nothing more. SIGHUP reads every model's path again; a model that cannot be read stays as it was, and
+stderr says why.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from .recording import Recording
 from .work import Engine, Host, Recorder
 
 PATIENCE = 30.0  # seconds for what was accepted, once the server is told to stop
+_LOOK = 0.1  # seconds between looks for a second interrupt
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -186,13 +188,27 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse, answer, send, close, in this order."""
-        self._web.state.infer.closing = True
+        infer, streams = self._web.state.infer, self._web.state.streams
+        infer.closing = True
         for server in self.servers:
             server.close()
-        await asyncio.to_thread(self._engine.close, PATIENCE)
+        await self._unless_forced(asyncio.to_thread(self._engine.close, PATIENCE))
+        if self.force_exit:
+            await asyncio.to_thread(self._engine.close, 0.0)
         # What the engine delivered until now lies in the outboxes, or waits in the loop before this.
-        await self._web.state.streams.drained()
+        await self._unless_forced(streams.drained())
+        if self.force_exit:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
         await super().shutdown(sockets)
+
+    async def _unless_forced(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for it, or until somebody interrupts a second time; it is not waited for then."""
+        task = asyncio.create_task(work)
+        while not task.done() and not self.force_exit:
+            await asyncio.wait({task}, timeout=_LOOK)
+        if task.done():
+            task.result()
 
 
 def server(

@@ -34,6 +34,7 @@ class Streams:
     def __init__(self, engine: Engine, host: Host, observer: Observer, settings: Settings) -> None:
         self.engine, self.host, self.observer, self.settings = engine, host, observer, settings
         self._open: set[_Stream] = set()
+        self.closing = False  # what is read is not looked at any more, nor refused: each refusal would have to be sent
 
     async def endpoint(self, socket: WebSocket) -> None:
         """One connection from handshake to close."""
@@ -52,10 +53,15 @@ class Streams:
             self._open.discard(stream)
 
     async def drained(self) -> None:
-        """Every answer that was delivered so far is sent, or its connection is gone."""
-        while waiting := [stream for stream in self._open if not stream.empty.is_set()]:
-            for stream in waiting:
-                await stream.empty.wait()
+        """Take nothing more; every answer that was delivered so far is sent, or its connection is gone, or its reader
+        has not taken it for longer than `send_seconds`.
+        """
+        self.closing = True
+        # A reader that takes one message just within its time could take them all for hours.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.send_seconds + 1):
+                for stream in list(self._open):
+                    await stream.empty.wait()
 
 
 class _Stream:
@@ -103,6 +109,8 @@ class _Stream:
                 return
             if message["type"] == "websocket.disconnect":
                 return
+            if self._streams.closing:
+                continue  # only to learn whether it hangs up
             text = message.get("text")
             self._take(message["bytes"] if text is None else text)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -329,6 +331,81 @@ def test_what_was_accepted_is_answered_before_the_server_stops() -> None:
             assert error.value.rcvd is not None
             assert error.value.rcvd.code == 1012
         stopping.join(PATIENCE)
+
+
+def test_sockets_that_go_on_asking_do_not_keep_the_server_alive() -> None:
+    """Each sends what is refused and reads the refusals, so that something always waits to be sent."""
+    payload = b'{"id": 1}'
+    frames = (b"\x81" + bytes([0x80 | len(payload)]) + b"\0\0\0\0" + payload) * 1000
+
+    def ask(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock.sendall(frames)
+
+    def listen(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while sock.recv(1 << 16):
+                pass
+
+    with served(Settings(send_seconds=0.5)) as running, contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(raw(running)) for _ in range(4)]
+        threads = [threading.Thread(target=each, args=(sock,)) for sock in socks for each in (ask, listen)]
+        for thread in threads:
+            thread.start()
+        running.stop()
+        for thread in threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
+def raw(running: Served) -> socket.socket:
+    """A stream's socket after the handshake, for a client faster than any library."""
+    sock = socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE)
+    sock.sendall(
+        b"GET /v1/models/tiny/stream HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    assert sock.recv(1 << 12).startswith(b"HTTP/1.1 101 ")
+    return sock
+
+
+def test_a_reader_that_is_just_fast_enough_does_not_keep_the_server_alive() -> None:
+    with served(Settings(send_seconds=1, max_rows=500)) as running:
+        running.engine.classes = 100_000
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        sock.connect(("127.0.0.1", running.port))
+        with opened(running, sock=sock, max_queue=1, close_timeout=0.1, max_size=None) as slow:
+            send(slow, batch(300), "binary")
+            read(slow)
+            stopping = threading.Thread(target=running.stop)
+            stopping.start()
+            with contextlib.suppress(ConnectionClosed):
+                while stopping.is_alive():
+                    read(slow)
+                    time.sleep(0.2)
+            stopping.join(PATIENCE)
+            assert not stopping.is_alive()
+            sock.close()
+
+
+def test_a_second_interrupt_waits_for_nobody() -> None:
+    with served() as running:
+        running.engine.go.clear()
+        with opened(running) as sock:
+            send(sock, batch(3), "text")
+            until(lambda: len(running.engine.tickets) == 1)
+            stopping = threading.Thread(target=running.stop)
+            stopping.start()
+            until(lambda: running.engine.closed == 30.0)
+            assert not running.engine.go.wait(0.3), "what was accepted is waited for"
+            running.force()
+            with pytest.raises(ConnectionClosed):
+                sock.recv(timeout=PATIENCE)
+        stopping.join(PATIENCE)
+        assert not stopping.is_alive()
+        assert running.engine.closed == 0.0
 
 
 def test_many_sockets_at_once_and_some_that_misbehave(running: Served) -> None:
