@@ -22,7 +22,7 @@ DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 
 ))  # fmt: skip
 _LONGEST_ID = 128  # an id comes back with every row, so a long one would be multiplied
 _MOST_DIMENSIONS = 32
-_LARGEST = 1 << 62
+_LARGEST = 1 << 60  # elements; numpy counts bytes in 63 bits, also of an array without any, and 8 to an element
 _TYPES: dict[str, set[type]] = {"f": {int, float}, "i": {int}, "u": {int}, "b": {bool}}
 _WORDS = {"f": "numbers", "i": "whole numbers", "u": "whole numbers", "b": "true or false"}
 

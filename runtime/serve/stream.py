@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
@@ -24,6 +25,8 @@ from .fields import Id
 from .frames import Frame, Message, answers, failure, open_binary, open_text
 from .limits import Settings
 from .work import Engine, Host, Leaving, Observer, Ticket, held
+
+_log = logging.getLogger(__name__)
 
 IDLE = 1001  # close code
 
@@ -121,7 +124,13 @@ class _Stream:
             frame = open_binary(data) if isinstance(data, bytes) else open_text(data)
             self._submit(frame, binary)
         except OfframpError as error:
-            self._put(1, (failure(frame.id if frame else None, error, binary=binary),))
+            self._refuse(frame, error, binary)
+        except Exception:  # noqa: BLE001  # the reader's end would cost all batches of this socket
+            _log.exception("a message of a socket of %s could not be taken", self._name)
+            self._refuse(frame, OfframpError("the server failed on this message; its log says where"), binary)
+
+    def _refuse(self, frame: Frame | None, error: OfframpError, binary: bool) -> None:
+        self._put(1, (failure(frame.id if frame else None, error, binary=binary),))
 
     def _submit(self, frame: Frame, binary: bool) -> None:
         streams, settings = self._streams, self._settings

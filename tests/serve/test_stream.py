@@ -150,7 +150,7 @@ BAD: list[tuple[str | bytes, Any, str, str]] = [
     ('{"id": 9223372036854775808}', None, "input", "id must be"),
     ('{"id": 3, "inputs": [], "tolerence": 1}', 3, "input", "unknown field 'tolerence'"),
     ('{"id": 3, "inputs": []}', 3, "input", "inputs is a list; give an object"),
-    ('{"id": 3, "inputs": {"x": [[1, 2]], "y": []}}', 3, "input", "missing: side"),
+    ('{"id": 3, "inputs": {"x": [[1, 2]], "y": []}}', 3, "input", "missing: 'side'"),
     ('{"id": 3, "inputs": {"x": 1, "side": []}}', 3, "input", "input 'x' is a int; give a list"),
     ('{"id": 3, "inputs": {"x": {"a": 1}, "side": []}}', 3, "input", "give a list"),
     (json.dumps({"id": 3, "inputs": {"x": [[1, 2]], "side": [[1, 2, 3]]}}), 3, "input", "shape (1, 2)"),
@@ -168,6 +168,13 @@ BAD: list[tuple[str | bytes, Any, str, str]] = [
         "input",
         "has 0 bytes",
     ),
+    (
+        framed({"id": 3, "inputs": [{"name": "x", "dtype": "float64", "shape": [0, 2147483647, 1073741823]}]}),
+        3,
+        "input",
+        "give sizes from 0 up",
+    ),
+    (json.dumps({"id": 3, "inputs": {**as_lists(batch(1)), "\ud800": []}}), 3, "input", r"unknown: '\ud800'"),
     (framed({"id": 3, "inputs": [{"name": "x", "dtype": "float32"}]}), 3, "input", "shape of input 'x'"),
     (framed({"id": 3, "inputs": {"x": []}}), 3, "input", "inputs is a dict"),
     (binary({**batch(1), "x": np.zeros((1, 6))}, id=3), 3, "input", "is float64, the model takes float32"),
@@ -217,6 +224,20 @@ def test_the_engine_s_refusal_is_told_with_the_batch_s_id(running: Served) -> No
         running.engine.refuses = None
         send(socket, batch(1), "text", id="room")
         assert read(socket)["id"] == "room"
+
+
+def test_what_nobody_foresaw_costs_only_its_own_message(running: Served, caplog: pytest.LogCaptureFixture) -> None:
+    running.engine.go.clear()
+    with opened(running) as socket:
+        send(socket, batch(2), "text", id="before")
+        until(lambda: len(running.engine.seen[-1][1]["x"]) == 2 and not running.engine.tickets[-1].cancelled.is_set())
+        running.engine.refuses = ValueError("nobody foresaw this")  # type: ignore[assignment]
+        send(socket, batch(1), "text", id="bad")
+        found = read(socket)
+        running.engine.go.set()
+        check([read(socket), read(socket)], batch(2))
+    assert (found["id"], found["error"]["kind"]) == ("bad", "server")
+    assert "nobody foresaw this" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["text", "binary"])
