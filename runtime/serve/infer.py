@@ -36,7 +36,7 @@ from .body import RefusedError, read_body
 from .fields import asked, from_bytes, from_lists, identifier, mapping, parse_object, room_for, sequence, shape_of
 from .frames import told
 from .limits import Settings
-from .work import Asked, Engine, Host, Leaving, Observer, held
+from .work import Asked, Engine, Host, Leaving, Observer, Ticket, held
 
 WORDS = {
     "bool": "BOOL",
@@ -62,6 +62,7 @@ class Answers:
     """A request's rows as they come together; used in the loop only."""
 
     def __init__(self, rows: int, classes: int) -> None:
+        """`classes` as the manifest says; the version that answers may be a newer one, with others."""
         self.probabilities = np.empty((rows, classes), np.float32)
         self.exits = np.empty(rows, np.int64)
         self.confidence = np.empty(rows, np.float32)
@@ -75,9 +76,16 @@ class Answers:
         """Some rows, or why there are none."""
         if self.complete.done():
             return
+        try:
+            self._keep(leaving)
+        except Exception as error:  # noqa: BLE001  # the loop would log it, and the request would wait for ever
+            self.complete.set_exception(error)
+
+    def _keep(self, leaving: Leaving) -> None:
         if leaving.error is not None:
-            self.complete.set_exception(leaving.error)
-            return
+            raise leaving.error
+        if self._left == len(self.exits):
+            self.probabilities = np.empty((self._left, leaving.probabilities.shape[1]), np.float32)
         self.probabilities[leaving.rows] = leaving.probabilities
         self.exits[leaving.rows] = leaving.exit
         self.confidence[leaving.rows] = leaving.confidence
@@ -169,9 +177,10 @@ class Infer:
         return JSONResponse({})
 
     async def _infer(self, request: Request) -> Response:
-        manifest, version = self.known(request)
+        self.known(request)  # who asks for what is not here need not send all of it
         name = request.path_params["name"]
         body = await read_body(request, self._settings)
+        manifest, version = self.known(request)
         try:
             header, tensors = _parted(body, request.headers.get(_LENGTH))
             wanted = _wanted(header)
@@ -181,37 +190,39 @@ class Infer:
         except InputError:
             self._observer.refused(name, 0, "input")
             raise
-        answers = await self._answered(request, batch, options, manifest.classes)
-        # Which version answered is known where it did not change meanwhile.
-        same = {"model_version": version} if self.known(request)[1] == version else {}
+        answers = Answers(len(next(iter(batch.values()))), manifest.classes)
+        ticket = self._submit(name, batch, options, answers)
+        try:
+            # The engine took the newest version: this one, if it was that before and still is.
+            same = {"model_version": version} if self.known(request)[1] == version else {}
+            await _complete(request, answers)
+        except BaseException:
+            ticket.cancel()
+            raise
         stated = {"model_name": name, **same, **({} if of is None else {"id": of})}
         return _response({**stated, "parameters": {"short_rows": answers.short}}, answers, wanted)
 
-    async def _answered(
-        self, request: Request, batch: Mapping[str, np.ndarray], options: Asked, classes: int
-    ) -> Answers:
-        """All rows; a client that leaves cancels them."""
-        answers = Answers(len(next(iter(batch.values()))), classes)
+    def _submit(self, name: str, batch: Mapping[str, np.ndarray], options: Asked, answers: Answers) -> Ticket:
         loop = asyncio.get_running_loop()
 
         def deliver(leaving: Leaving) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
                 loop.call_soon_threadsafe(answers.take, leaving)
 
-        ticket = self._engine.submit(request.path_params["name"], batch, options, deliver)
-        gone = asyncio.create_task(_gone(request))
-        try:
-            await asyncio.wait({answers.complete, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answers.complete.done():
-                raise RefusedError(499, "the client closed the connection")
-            answers.complete.result()
-        except BaseException:
-            ticket.cancel()
-            raise
-        finally:
-            gone.cancel()
-            answers.complete.cancel()
-        return answers
+        return self._engine.submit(name, batch, options, deliver)
+
+
+async def _complete(request: Request, answers: Answers) -> None:
+    """All rows are there. Raises what they ended in, and `RefusedError` once the client has left."""
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({answers.complete, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answers.complete.done():
+            raise RefusedError(499, "the client closed the connection")
+        answers.complete.result()
+    finally:
+        gone.cancel()
+        answers.complete.cancel()
 
 
 async def _gone(request: Request) -> None:
