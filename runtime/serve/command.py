@@ -90,6 +90,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("--record-limit", type=byte_size, default=1 << 30, metavar="SIZE", help="of the store (default 1GiB)")
     add("--seed", type=int, default=0, metavar="N", help="which rows are watched (default 0)")
     add("--max-message", type=byte_size, default=16 << 20, metavar="SIZE", help="of one request (default 16MiB)")
+    add(
+        "--max-json-bytes", type=byte_size, default=1 << 20, metavar="SIZE",
+        help="of it in JSON, read or written; larger tensors go in binary (default 1MiB)",
+    )  # fmt: skip
     add("--max-rows", type=positive, default=4096, metavar="N", help="of one request (default 4096)")
     add("--max-connections", type=positive, default=256, metavar="N", help="at the same time (default 256)")
     add("--idle-seconds", type=seconds, default=60.0, metavar="S", help="until a silent socket is closed (default 60)")
@@ -124,6 +128,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         token=token,
         hosts=hosts,
         max_message=args.max_message,
+        max_json_bytes=args.max_json_bytes,
         max_rows=args.max_rows,
         max_connections=args.max_connections,
         idle_seconds=args.idle_seconds,

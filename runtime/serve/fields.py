@@ -29,8 +29,18 @@ _WORDS = {"f": "numbers", "i": "whole numbers", "u": "whole numbers", "b": "true
 Id = str | int | None
 
 
-def parse_object(data: str | bytes | memoryview, what: str) -> dict[str, Any]:
-    """A JSON object; `what` is what the error calls it."""
+class TooMuchJsonError(InputError):
+    """More JSON than one message may hold."""
+
+
+def parse_object(data: str | bytes | memoryview, what: str, most: int) -> dict[str, Any]:
+    """A JSON object of at most `most` bytes; `what` is what the error calls it."""
+    size = len(data) if not isinstance(data, str) or len(data) > most else len(data.encode())
+    if size > most:
+        raise TooMuchJsonError(
+            f"{what} is {size} bytes of JSON, {most} are read here; send the tensors in binary, or fewer rows at a "
+            "time, or start the server with a larger --max-json-bytes"
+        )
     try:
         body = json.loads(data if isinstance(data, str) else str(data, "utf-8"))
     except (ValueError, RecursionError) as error:

@@ -9,7 +9,8 @@ parameters `tolerance`, `deadline_ms` and `best_effort` mean what they do in `fr
 `short_rows` counts rows that got a best answer so far. A version is the beginning of the digest of the artifact's
 manifest. `load` reads the model's path again, which the command line gave; it takes no path or file.
 
-Errors are `{"error": message}`: 400 for what does not fit, 404, 408 for a body that does not arrive, 413, 415 for a
+Errors are `{"error": message}`: 400 for what does not fit, 404, 408 for a body that does not arrive, 413 (too much
+JSON to read or to write among it: ask for binary), 415 for a
 compressed one, 503 with Retry-After where there is no room, 500 for a model that cannot be run.
 """
 
@@ -33,7 +34,18 @@ from ..errors import BusyError, InputError, OfframpError, UnknownModelError, Usa
 from ..inputs import name_arrays
 from ..manifest import Manifest, TensorSpec
 from .body import RefusedError, read_body
-from .fields import asked, from_bytes, from_lists, identifier, mapping, parse_object, room_for, sequence, shape_of
+from .fields import (
+    TooMuchJsonError,
+    asked,
+    from_bytes,
+    from_lists,
+    identifier,
+    mapping,
+    parse_object,
+    room_for,
+    sequence,
+    shape_of,
+)
 from .frames import told
 from .limits import Settings
 from .work import Asked, Engine, Host, Leaving, Observer, Ticket, held
@@ -46,6 +58,7 @@ WORDS = {
 _DTYPES = {word: dtype for dtype, word in WORDS.items()}
 _OUTPUTS = {"probabilities": "FP32", "class": "INT64", "exit": "INT64", "confidence": "FP32"}
 _LENGTH = "inference-header-content-length"
+_NUMBER = 22  # bytes of a probability in JSON, about
 _VERSION_LENGTH = 12  # of the digest's characters
 _ASKED = ("tolerance", "deadline_ms", "best_effort")
 
@@ -168,7 +181,7 @@ class Infer:
 
     async def _load(self, request: Request) -> Response:
         body = await read_body(request, self._settings)
-        if body and parse_object(body, "the body").get("parameters"):
+        if body and parse_object(body, "the body", self._settings.max_json_bytes).get("parameters"):
             raise InputError("a model is loaded from the path the server was started with; send no parameters")
         name = request.path_params["name"]
         self.known(request)
@@ -182,11 +195,12 @@ class Infer:
         body = await read_body(request, self._settings)
         manifest, version = self.known(request)
         try:
-            header, tensors = _parted(body, request.headers.get(_LENGTH))
+            header, tensors = _parted(body, request.headers.get(_LENGTH), self._settings.max_json_bytes)
             wanted = _wanted(header)
             of = identifier(header.get("id"), "id")
             batch = _batch(header, tensors, manifest.inputs, self._settings.max_rows)
             options = asked({key: _parameters(header).get(key) for key in _ASKED})
+            _room_to_answer(wanted, len(next(iter(batch.values()))), manifest.classes, self._settings.max_json_bytes)
         except InputError:
             self._observer.refused(name, 0, "input")
             raise
@@ -236,6 +250,8 @@ def error_response(error: OfframpError) -> Response:
         status = 404
     elif isinstance(error, BusyError):
         status = 503
+    elif isinstance(error, TooMuchJsonError):
+        status = 413
     else:
         status = 400 if isinstance(error, InputError | UsageError) else 500
     headers = {"retry-after": "1"} if status == 503 else None
@@ -246,17 +262,17 @@ def _parameters(of: Mapping[str, Any]) -> dict[str, Any]:
     return mapping(of.get("parameters"), "parameters")
 
 
-def _parted(body: bytes, length: str | None) -> tuple[dict[str, Any], memoryview]:
+def _parted(body: bytes, length: str | None, max_json: int) -> tuple[dict[str, Any], memoryview]:
     """-> the JSON, and the tensors' bytes after it."""
     if length is None:
-        return parse_object(body, "the request"), memoryview(b"")
+        return parse_object(body, "the request", max_json), memoryview(b"")
     size = int(length) if length.isascii() and length.isdigit() and len(length) < 12 else -1
     if not 0 <= size <= len(body):
         raise InputError(
             f"Inference-Header-Content-Length is {length!r:.80}, the body has {len(body)} bytes; correct it"
         )
     view = memoryview(body)
-    return parse_object(view[:size], "the request"), view[size:]
+    return parse_object(view[:size], "the request", max_json), view[size:]
 
 
 def _wanted(header: Mapping[str, Any]) -> list[_Wanted]:
@@ -274,6 +290,16 @@ def _wanted(header: Mapping[str, Any]) -> list[_Wanted]:
             raise InputError(f"output {name!r} is not given as classification; ask for 'class' and 'probabilities'")
         wanted.append(_Wanted(name, parameters.get("binary_data", binary) is True))
     return wanted
+
+
+def _room_to_answer(wanted: list[_Wanted], rows: int, classes: int, max_json: int) -> None:
+    """Refuse an answer that would be too much JSON before anything is computed for it."""
+    numbers = sum(rows * (classes if each.name == "probabilities" else 1) for each in wanted if not each.binary)
+    if numbers * _NUMBER > max_json:
+        raise TooMuchJsonError(
+            f"the answer is {numbers} numbers, about {numbers * _NUMBER} bytes of JSON, {max_json} are written here; "
+            "ask for it with the parameter binary_data_output, or start the server with a larger --max-json-bytes"
+        )
 
 
 def _batch(

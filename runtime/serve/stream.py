@@ -121,7 +121,8 @@ class _Stream:
         binary = isinstance(data, bytes)
         frame: Frame | None = None
         try:
-            frame = open_binary(data) if isinstance(data, bytes) else open_text(data)
+            most = self._settings.max_json_bytes
+            frame = open_binary(data, most) if isinstance(data, bytes) else open_text(data, most)
             self._submit(frame, binary)
         except OfframpError as error:
             self._refuse(frame, error, binary)

@@ -355,6 +355,24 @@ def test_a_body_that_is_too_large_is_413(running: Served) -> None:
     connection.close()
 
 
+def test_too_much_json_is_refused_unread_and_goes_in_binary() -> None:
+    arrays = batch(100)
+    with served(Settings(max_json_bytes=2000)) as running, triton.InferenceServerClient(running.place) as own:
+        read = post(running, b"[" * 2001), post(running, b"[" * 2001, inference_header_content_length="2001")
+        load = ask(running, "/v2/repository/models/tiny/load", "POST", b"[" * 2001)
+        for answer in (*read, load):
+            assert answer.status == 413
+            assert "2001 bytes of JSON, 2000 are read here" in answer.error
+        check(own.infer("tiny", tensors(arrays)), arrays)
+        submitted = len(running.engine.tickets)
+        wanted = [triton.InferRequestedOutput(name, binary_data=False) for name in NAMES]
+        with pytest.raises(InferenceServerException, match="binary_data_output") as error:
+            own.infer("tiny", tensors(arrays), outputs=wanted)
+        assert error.value.status() == "413"
+        assert len(running.engine.tickets) == submitted
+        assert own.infer("tiny", tensors(batch(10)), outputs=wanted).as_numpy("class").shape == (10,)
+
+
 def test_a_compressed_body_is_415(running: Served) -> None:
     assert post(running, body(batch(1)), content_encoding="gzip").status == 415
 

@@ -74,7 +74,8 @@ def test_sizes(text: str, bytes: int | None) -> None:
 @pytest.mark.parametrize(
     "words",
     [("--port", "70000"), ("--port", "-1"), ("--memory-budget", "much"), ("--record-rate", "1.5"), ("--policy", "best"),
-     ("--idle-seconds", "0"), ("--idle-seconds", "nan"), ("--max-rows", "0"), ("--latency-budget-ms", "-1")],
+     ("--idle-seconds", "0"), ("--idle-seconds", "nan"), ("--max-rows", "0"), ("--max-json-bytes", "0"),
+     ("--latency-budget-ms", "-1")],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(words: tuple[str, ...]) -> None:
     with pytest.raises(argparse.ArgumentError):
@@ -137,10 +138,22 @@ def test_small_messages_are_sent_at_once() -> None:
 
 
 def test_limits_reach_the_server() -> None:
-    words = ("--max-message", "1MiB", "--max-rows", "7", "--max-connections", "3", "--idle-seconds", "2.5")
+    words = (
+        "--max-message",
+        "1MiB",
+        "--max-json-bytes",
+        "3kB",
+        "--max-rows",
+        "7",
+        "--max-connections",
+        "3",
+        "--idle-seconds",
+        "2.5",
+    )
     settings = command.settings_of(parsed(*words))
     found = (settings.max_message, settings.max_rows, settings.max_connections, settings.idle_seconds)
     assert found == (1 << 20, 7, 3, 2.5)
+    assert (settings.max_json_bytes, command.settings_of(parsed()).max_json_bytes) == (3000, 1 << 20)
 
 
 @contextlib.contextmanager

@@ -216,6 +216,17 @@ def test_any_bytes_cost_only_their_own_error(running: Served, data: st.DataObjec
         assert len(rest) <= 4
 
 
+def test_too_much_json_is_refused_unread_and_goes_in_binary() -> None:
+    arrays = batch(100)
+    with served(Settings(max_json_bytes=1000)) as running, opened(running) as socket:
+        for message in ("[" * 1001, '"' + "é" * 500, json.dumps({"inputs": as_lists(arrays)}), framed(b"{" * 1001)):
+            socket.send(message)
+            found = read(socket)["error"]
+            assert (found["kind"], "--max-json-bytes" in found["message"]) == ("input", True)
+        send(socket, arrays, "binary")
+        check([read(socket) for _ in range(100)], arrays)
+
+
 def test_the_engine_s_refusal_is_told_with_the_batch_s_id(running: Served) -> None:
     with opened(running) as socket:
         running.engine.refuses = BusyError("tiny has no room; try again")
