@@ -238,21 +238,48 @@ def server(
     return Server(config, engine, web, ready)
 
 
-@contextlib.contextmanager
-def _signals(host: Host) -> Iterator[None]:
-    """uvicorn handles what stops it, then raises it once more for the handlers before it: those do nothing here."""
-    handlers: dict[signal.Signals, Any] = {signal.SIGTERM: lambda *_: None, signal.SIGINT: lambda *_: None}
-    if hasattr(signal, "SIGHUP"):
-        swapping = threading.Lock()
-        handlers[signal.SIGHUP] = lambda *_: threading.Thread(
-            target=swap_all, args=(host, swapping), daemon=True
-        ).start()
-    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+class Signals:
+    """What signals ask for from the first moment on, acted upon once there is a server.
+
+    While it runs uvicorn's own handlers take what stops it, and raise it once more for these, which does nothing then.
+    """
+
+    def __init__(self) -> None:
+        self.stop = False
+        self._reload = False
+        self._host: Host | None = None
+        self._swapping = threading.Lock()
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch them within, in the main thread."""
+        handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop}
+        if hasattr(signal, "SIGHUP"):
+            handlers[signal.SIGHUP] = self._hang_up
+        before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    def attach(self, host: Host) -> None:
+        """From now on its models can be read again; they are, if that was asked for before."""
+        self._host = host
+        if self._reload:
+            self._swap(host)
+
+    def _stop(self, *_: object) -> None:
+        self.stop = True
+
+    def _hang_up(self, *_: object) -> None:
+        if self._host is None:
+            self._reload = True
+        else:
+            self._swap(self._host)
+
+    def _swap(self, host: Host) -> None:
+        threading.Thread(target=swap_all, args=(host, self._swapping), daemon=True).start()
 
 
 def swap_all(host: Host, swapping: threading.Lock) -> None:
@@ -299,13 +326,22 @@ def _build(
 
 def _run(args: argparse.Namespace) -> int:
     settings, paths = settings_of(args), named(args.artifacts)
-    with contextlib.ExitStack() as stack:
+    signals = Signals()
+    with signals.caught(), contextlib.ExitStack() as stack:
         listener = stack.enter_context(listening(args.host, args.port))
         observer = Metrics()
         engine, host = _build(args, paths, observer, stack)
         number = listener.getsockname()[1]
-        with _signals(host):
-            server(engine, host, observer, settings, lambda: _greet(args.host, number, paths, settings)).run([listener])
+        signals.attach(host)
+
+        def ready() -> None:
+            if signals.stop:  # before uvicorn looked for it
+                running.should_exit = True
+            else:
+                _greet(args.host, number, paths, settings)
+
+        running = server(engine, host, observer, settings, ready)
+        running.run([listener])
     return 0
 
 
