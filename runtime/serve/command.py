@@ -227,7 +227,6 @@ def server(
         ws=GuardedSocket,
         ws_max_size=settings.max_message,
         ws_per_message_deflate=False,  # a small message must not become a large one
-        limit_concurrency=2 * settings.max_connections + 16,  # sockets, idle ones too; the door counts who is inside
         timeout_graceful_shutdown=math.ceil(settings.send_seconds) + 1,
         access_log=False,
         log_level="error",
