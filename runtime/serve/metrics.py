@@ -4,9 +4,10 @@
 of rows; what Prometheus and the page need is made of them when they ask. What is in memory and what waits is asked of
 the host and the engine at that moment.
 
-Live disagreement is that of the rows that ran on to the end in the background, a fair sample of all rows whatever
-tolerance they asked for. Beside it stands what the artifact promises: the tolerance of its default plan, and the bound
-of its certificate where it has one.
+Rows that ran on to the end in the background are a fair sample of all rows, whatever they asked for. The live risk is
+that of those the default plan answered: rows of another tolerance and those that were cut short are not among them. It
+is of the kind the artifact's tolerances bound, disagreement or regret, so it may stand beside what the artifact
+promises: the tolerance of its default plan, and the bound of its certificate where it has one.
 """
 
 from __future__ import annotations
@@ -88,11 +89,14 @@ class Metrics(Collector):
         with self._lock:
             self._of(model).stage(stage).evictions += 1
 
-    def watched(self, model: str, exit: int, agrees: bool) -> None:
+    def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None:
         with self._lock:
             tally = self._of(model).exit(exit)
             tally.watched += 1
             tally.disagree += not agrees
+            if risk is not None:
+                tally.planned += 1
+                tally.risk += risk
 
     def _of(self, model: str) -> ModelTally:
         name = model if self._names is None or model in self._names else UNKNOWN
@@ -192,6 +196,8 @@ def _stats(
         "stages": stages,
         "watched": sum(left.watched for left in tally.exits.values()),
         "disagree": sum(left.disagree for left in tally.exits.values()),
+        "planned": sum(left.planned for left in tally.exits.values()),
+        "lost": sum(left.risk for left in tally.exits.values()),  # risk of the planned, summed
         "risk": manifest.risk,
         "tolerance": plan.tolerance,
         "bound": plan.certificate.bound if plan.certificate else None,
@@ -242,6 +248,10 @@ def _of_exits(models: dict[str, ModelTally]) -> Iterator[Metric]:
     disagree = CounterMetricFamily(
         "offramp_watched_rows_disagree", "Of those, rows the backbone answers otherwise", labels=labels
     )
+    planned = CounterMetricFamily("offramp_planned_rows", "Of those, rows the default plan answered", labels=labels)
+    risk = CounterMetricFamily(
+        "offramp_planned_rows_risk", "Their risk, summed: over their number it compares to the tolerance", labels=labels
+    )
     for name, tally in models.items():
         for index, left in tally.exits.items():
             key = (name, str(index))
@@ -249,7 +259,9 @@ def _of_exits(models: dict[str, ModelTally]) -> Iterator[Metric]:
             seconds.add_metric(key, left.seconds.buckets(), left.seconds.sum)
             watched.add_metric(key, left.watched)
             disagree.add_metric(key, left.disagree)
-    yield from (rows, seconds, watched, disagree)
+            planned.add_metric(key, left.planned)
+            risk.add_metric(key, left.risk)
+    yield from (rows, seconds, watched, disagree, planned, risk)
 
 
 def _of_stages(models: dict[str, ModelTally]) -> Iterator[Metric]:

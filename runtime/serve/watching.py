@@ -13,7 +13,8 @@ from functools import partial
 
 import numpy as np
 
-from .requests import Request
+from ..selection.bounds import REGRET
+from .requests import Request, Spoken
 from .work import Observer, Recorder, Sample
 
 _log = logging.getLogger(__name__)
@@ -60,13 +61,29 @@ class Watching:
         spoken, recorder = request.spoken, self._recorder
         if spoken is None or recorder is None:
             return
-        now = time.time()
+        now, planned = time.time(), _as_planned(request, spoken, rows)
         for place in here:
             row = int(rows[place])
             exit, early = int(spoken.exit[row]), spoken.probabilities[row].copy()
             final = probabilities[place].copy()
             sample = Sample(request.model, request.hosted.digest, request.row(row), exit, early, final, now)
             agrees = bool(early.argmax() == final.argmax())
+            risk = _risk(request.hosted.manifest.risk, early, final) if planned[place] else None
             after.append(partial(recorder.record, sample))
-            after.append(partial(self._observer.watched, request.model, exit, agrees))
+            after.append(partial(self._observer.watched, request.model, exit, agrees, risk))
         self.leave(request, rows[here])
+
+
+def _as_planned(request: Request, spoken: Spoken, rows: np.ndarray) -> np.ndarray:
+    """[n] bool: of answered rows [n], those that left where the default plan lets them."""
+    limits, exits = request.limits[rows], spoken.exit[rows]
+    plain = np.array(request.hosted.manifest.thresholds(None), np.float32)
+    passed = np.append(plain, np.float32(-np.inf))[exits]  # the last exit answers whatever its confidence
+    planned: np.ndarray = (limits == plain).all(axis=1) & (spoken.confidence[rows] >= passed)
+    return planned
+
+
+def _risk(kind: str, early: np.ndarray, final: np.ndarray) -> float:
+    """Of one answer, by the backbone's probabilities [K]; see `selection.bounds`."""
+    given, best = early.argmax(), final.argmax()
+    return float(final[best] - final[given]) if kind == REGRET else float(given != best)

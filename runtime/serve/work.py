@@ -185,8 +185,10 @@ class Observer(Protocol):
 
     def evicted(self, model: str, stage: int) -> None: ...
 
-    def watched(self, model: str, exit: int, agrees: bool) -> None:
-        """A watched row reached the end."""
+    def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None:
+        """A watched row reached the end. `risk` of its answer, of the kind its manifest's tolerances bound; None where
+        no tolerance of the default plan speaks of it: it asked for another, or was cut short.
+        """
 
 
 class Silent:
@@ -206,4 +208,4 @@ class Silent:
 
     def evicted(self, model: str, stage: int) -> None: ...
 
-    def watched(self, model: str, exit: int, agrees: bool) -> None: ...
+    def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None: ...

@@ -50,7 +50,7 @@ def test_every_event_is_counted_where_it_belongs() -> None:
     metrics.loaded("tiny", 1, 0.25, 1000)
     metrics.evicted("tiny", 1)
     for agrees in (True, True, False):
-        metrics.watched("tiny", 0, agrees)
+        metrics.watched("tiny", 0, agrees, None if agrees else 0.25)
     found = samples(metrics)
     assert value(found, "offramp_requests_total", model="tiny") == 2
     assert value(found, "offramp_rows_total", model="tiny") == 15
@@ -74,6 +74,10 @@ def test_every_event_is_counted_where_it_belongs() -> None:
     assert value(found, "offramp_evictions_total", model="tiny", stage="1") == 1
     assert value(found, "offramp_watched_rows_total", model="tiny", exit="0") == 3
     assert value(found, "offramp_watched_rows_disagree_total", model="tiny", exit="0") == 1
+    assert value(found, "offramp_planned_rows_total", model="tiny", exit="0") == 1
+    assert value(found, "offramp_planned_rows_risk_total", model="tiny", exit="0") == 0.25
+    stats = metrics.stats()["models"]["tiny"]
+    assert (stats["watched"], stats["disagree"], stats["planned"], stats["lost"]) == (3, 1, 1, 0.25)
 
 
 def test_memory_queues_and_promises_are_those_of_the_moment() -> None:
@@ -109,7 +113,7 @@ def test_counts_from_many_threads_lose_nothing() -> None:
         for number in range(300):
             metrics.accepted("tiny", 2)
             metrics.answered("tiny", number % 3, np.full(2, 0.001), False)
-            metrics.watched("tiny", 0, number % 2 == 0)
+            metrics.watched("tiny", 0, number % 2 == 0, None)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
