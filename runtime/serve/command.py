@@ -309,6 +309,7 @@ def _build(
     if args.record is not None:
         recording = Recording(args.record, rate=args.record_rate, seed=args.seed, limit=args.record_limit)
         stack.callback(recording.close)
+        observer.record(recording)
         recorder = recording
     engine = BatchingEngine(
         host,

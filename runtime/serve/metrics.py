@@ -23,6 +23,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from ..manifest import Manifest
+from .recording import Recording
 from .tally import ModelTally, StageTally
 from .work import Engine, Host, SegmentState, held
 
@@ -39,6 +40,8 @@ class Metrics(Collector):
         self._names: frozenset[str] | None = None
         self._host: Host | None = None
         self._engine: Engine | None = None
+        self._recording: Recording | None = None
+        self._unplaced = 0  # rows
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -46,6 +49,10 @@ class Metrics(Collector):
         """Whom to ask what is in memory and what waits; the models they serve are the only ones counted by name."""
         self._host, self._engine = host, engine
         self._names = frozenset(host.names())
+
+    def record(self, recording: Recording) -> None:
+        """Whom to ask what became of the rows that were watched."""
+        self._recording = recording
 
     def accepted(self, model: str, rows: int) -> None:
         with self._lock:
@@ -98,6 +105,10 @@ class Metrics(Collector):
                 tally.planned += 1
                 tally.risk += risk
 
+    def unplaced(self, rows: int) -> None:
+        with self._lock:
+            self._unplaced += rows
+
     def _of(self, model: str) -> ModelTally:
         name = model if self._names is None or model in self._names else UNKNOWN
         return self._models.setdefault(name, ModelTally())
@@ -113,7 +124,10 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         with self._lock:
             families = [*_of_models(self._models), *_of_exits(self._models), *_of_stages(self._models)]
+            unplaced = self._unplaced
         yield from families
+        yield _plain_counter("offramp_unplaced_rows", "Rows not watched, for all places were taken", unplaced)
+        yield from _of_recording(self._recording)
         yield from self._of_the_moment()
 
     def _of_the_moment(self) -> Iterator[Metric]:
@@ -164,6 +178,22 @@ class Metrics(Collector):
 def _manifest(host: Host, name: str) -> Manifest:
     with held(host, name) as hosted:
         return hosted.manifest
+
+
+def _plain_counter(name: str, says: str, count: int) -> Metric:
+    return CounterMetricFamily(name, says, value=count)
+
+
+def _of_recording(recording: Recording | None) -> Iterator[Metric]:
+    """Nothing where nothing is to be recorded."""
+    if recording is None:
+        return
+    counts = recording.counts()
+    yield _plain_counter("offramp_recorded_rows", "Rows written to the record", counts.recorded)
+    yield _plain_counter("offramp_unrecorded_rows", "Watched rows that were not, see the log", counts.dropped)
+    yield GaugeMetricFamily(
+        "offramp_recording_stopped", "1: nothing is recorded any more, the log says why", value=float(recording.stopped)
+    )
 
 
 def _stats(

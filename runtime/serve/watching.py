@@ -28,6 +28,7 @@ class Watching:
     def __init__(self, recorder: Recorder | None, observer: Observer, bound: int) -> None:
         self._recorder, self._observer = recorder, observer
         self.free = bound
+        self._unplaced = 0  # rows nobody has been told of
 
     def chosen(self, model: str, rows: int) -> np.ndarray:
         """[rows] bool: those the recorder would like to see; none where it fails."""
@@ -45,6 +46,7 @@ class Watching:
         """[rows] bool: the chosen ones that find a place; the first come first."""
         given: np.ndarray = chosen & (np.cumsum(chosen) <= self.free)
         self.free -= int(np.count_nonzero(given))
+        self._unplaced += int(np.count_nonzero(chosen & ~given))
         return given
 
     def leave(self, request: Request, rows: np.ndarray) -> None:
@@ -61,6 +63,10 @@ class Watching:
         spoken, recorder = request.spoken, self._recorder
         if spoken is None or recorder is None:
             return
+        # Told here, for a row that found no place has others before it that come this way.
+        if self._unplaced:
+            after.append(partial(self._observer.unplaced, self._unplaced))
+            self._unplaced = 0
         now, planned = time.time(), _as_planned(request, spoken, rows)
         for place in here:
             row = int(rows[place])

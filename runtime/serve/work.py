@@ -190,6 +190,9 @@ class Observer(Protocol):
         no tolerance of the default plan speaks of it: it asked for another, or was cut short.
         """
 
+    def unplaced(self, rows: int) -> None:
+        """So many more were chosen to be watched, and not, for all places were taken."""
+
 
 class Silent:
     """An `Observer` that keeps nothing."""
@@ -209,3 +212,5 @@ class Silent:
     def evicted(self, model: str, stage: int) -> None: ...
 
     def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None: ...
+
+    def unplaced(self, rows: int) -> None: ...

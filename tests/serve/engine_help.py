@@ -223,6 +223,7 @@ class Journal:
     answered_: list[tuple[str, int, int, bool]] = field(default_factory=list)  # model, exit, rows, short
     failed_: list[tuple[str, int]] = field(default_factory=list)
     watched_: list[tuple[str, int, bool]] = field(default_factory=list)
+    unplaced_: int = 0
     risks_: list[float | None] = field(default_factory=list)  # of the watched
 
     def accepted(self, model: str, rows: int) -> None:
@@ -249,6 +250,9 @@ class Journal:
     def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None:
         self.watched_.append((model, exit, agrees))
         self.risks_.append(risk)
+
+    def unplaced(self, rows: int) -> None:
+        self.unplaced_ += rows
 
 
 class Notes:

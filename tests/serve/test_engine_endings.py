@@ -112,6 +112,7 @@ def test_watched_rows_yield_to_live_ones_and_fill_their_batches(start: Start, ho
     engine.close(PATIENCE)
     assert len(notes.samples) == 6
     assert engine._watching.free == 6
+    assert journal.unplaced_ == 4
 
 
 def test_watched_rows_of_a_deadline_run_on_behind_their_short_answer(start: Start, host: FakeHost) -> None:
