@@ -48,9 +48,9 @@ def name_arrays(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
     """An array, or a mapping of arrays with exactly `names` -> the mapping in the order of `names`."""
     if isinstance(batch, Mapping):
         missing = [name for name in names if name not in batch]
-        unknown = [str(name) for name in batch if name not in names]
+        unknown = [name for name in batch if name not in names]
         if missing or unknown:
-            wrong = f"missing: {', '.join(missing)}" if missing else f"unknown: {', '.join(unknown)}"
+            wrong = f"{'missing' if missing else 'unknown'}: {', '.join(map(repr, missing or unknown))}"
             raise InputError(f"inputs {wrong}; the model takes {', '.join(names)}")
         arrays = {name: batch[name] for name in names}
     elif len(names) == 1:

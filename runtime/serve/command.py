@@ -1,7 +1,8 @@
 """`offramp serve`: artifacts on a port, until a signal stops it.
 
-SIGTERM and SIGINT: no new connection is taken, what was accepted is answered, and the exit status is 0. SIGHUP reads
-every model's path again; a model that cannot be read stays as it was, and stderr says why.
+SIGTERM and SIGINT: no new connection is taken, what was accepted is answered, and the exit status is 0. A second
+SIGINT answers nothing more. SIGHUP reads every model's path again; a model that cannot be read stays as it was, and
+stderr says why.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from .recording import Recording
 from .work import Engine, Host, Recorder
 
 PATIENCE = 30.0  # seconds for what was accepted, once the server is told to stop
+_LOOK = 0.1  # seconds between looks for a second interrupt
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -92,6 +94,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("--record-limit", type=byte_size, default=1 << 30, metavar="SIZE", help="of the store (default 1GiB)")
     add("--seed", type=int, default=0, metavar="N", help="which rows are watched (default 0)")
     add("--max-message", type=byte_size, default=16 << 20, metavar="SIZE", help="of one request (default 16MiB)")
+    add(
+        "--max-json-bytes", type=byte_size, default=4 << 20, metavar="SIZE",
+        help="of it in JSON, read or written; larger tensors go in binary (default 4MiB)",
+    )  # fmt: skip
     add("--max-rows", type=positive, default=4096, metavar="N", help="of one request (default 4096)")
     add("--max-connections", type=positive, default=256, metavar="N", help="at the same time (default 256)")
     add("--idle-seconds", type=seconds, default=60.0, metavar="S", help="until a silent socket is closed (default 60)")
@@ -126,6 +132,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         token=token,
         hosts=hosts,
         max_message=args.max_message,
+        max_json_bytes=args.max_json_bytes,
         max_rows=args.max_rows,
         max_connections=args.max_connections,
         idle_seconds=args.idle_seconds,
@@ -190,13 +197,27 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse, answer, send, close, in this order."""
-        self._web.state.infer.closing = True
+        infer, streams = self._web.state.infer, self._web.state.streams
+        infer.closing = True
         for server in self.servers:
             server.close()
-        await asyncio.to_thread(self._engine.close, PATIENCE)
+        await self._unless_forced(asyncio.to_thread(self._engine.close, PATIENCE))
+        if self.force_exit:
+            await asyncio.to_thread(self._engine.close, 0.0)
         # What the engine delivered until now lies in the outboxes, or waits in the loop before this.
-        await self._web.state.streams.drained()
+        await self._unless_forced(streams.drained())
+        if self.force_exit:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
         await super().shutdown(sockets)
+
+    async def _unless_forced(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for it, or until somebody interrupts a second time; it is not waited for then."""
+        task = asyncio.create_task(work)
+        while not task.done() and not self.force_exit:
+            await asyncio.wait({task}, timeout=_LOOK)
+        if task.done():
+            task.result()
 
 
 def server(
@@ -210,7 +231,6 @@ def server(
         ws=GuardedSocket,
         ws_max_size=settings.max_message,
         ws_per_message_deflate=False,  # a small message must not become a large one
-        limit_concurrency=2 * settings.max_connections + 16,  # sockets, idle ones too; the door counts who is inside
         timeout_graceful_shutdown=math.ceil(settings.send_seconds) + 1,
         access_log=False,
         log_level="error",
@@ -221,21 +241,48 @@ def server(
     return Server(config, engine, web, ready)
 
 
-@contextlib.contextmanager
-def _signals(host: Host) -> Iterator[None]:
-    """uvicorn handles what stops it, then raises it once more for the handlers before it: those do nothing here."""
-    handlers: dict[signal.Signals, Any] = {signal.SIGTERM: lambda *_: None, signal.SIGINT: lambda *_: None}
-    if hasattr(signal, "SIGHUP"):
-        swapping = threading.Lock()
-        handlers[signal.SIGHUP] = lambda *_: threading.Thread(
-            target=swap_all, args=(host, swapping), daemon=True
-        ).start()
-    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+class Signals:
+    """What signals ask for from the first moment on, acted upon once there is a server.
+
+    While it runs uvicorn's own handlers take what stops it, and raise it once more for these, which does nothing then.
+    """
+
+    def __init__(self) -> None:
+        self.stop = False
+        self._reload = False
+        self._host: Host | None = None
+        self._swapping = threading.Lock()
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch them within, in the main thread."""
+        handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop}
+        if hasattr(signal, "SIGHUP"):
+            handlers[signal.SIGHUP] = self._hang_up
+        before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    def attach(self, host: Host) -> None:
+        """From now on its models can be read again; they are, if that was asked for before."""
+        self._host = host
+        if self._reload:
+            self._swap(host)
+
+    def _stop(self, *_: object) -> None:
+        self.stop = True
+
+    def _hang_up(self, *_: object) -> None:
+        if self._host is None:
+            self._reload = True
+        else:
+            self._swap(self._host)
+
+    def _swap(self, host: Host) -> None:
+        threading.Thread(target=swap_all, args=(host, self._swapping), daemon=True).start()
 
 
 def swap_all(host: Host, swapping: threading.Lock) -> None:
@@ -266,6 +313,7 @@ def _build(
     if args.record is not None:
         recording = Recording(args.record, rate=args.record_rate, seed=args.seed, limit=args.record_limit)
         stack.callback(recording.close)
+        observer.record(recording)
         recorder = recording
     engine = BatchingEngine(
         host,
@@ -283,13 +331,22 @@ def _build(
 
 def _run(args: argparse.Namespace) -> int:
     settings, paths = settings_of(args), named(args.artifacts)
-    with contextlib.ExitStack() as stack:
+    signals = Signals()
+    with signals.caught(), contextlib.ExitStack() as stack:
         listener = stack.enter_context(listening(args.host, args.port))
         observer = Metrics()
         engine, host = _build(args, paths, observer, stack)
         number = listener.getsockname()[1]
-        with _signals(host):
-            server(engine, host, observer, settings, lambda: _greet(args.host, number, paths, settings)).run([listener])
+        signals.attach(host)
+
+        def ready() -> None:
+            if signals.stop:  # before uvicorn looked for it
+                running.should_exit = True
+            else:
+                _greet(args.host, number, paths, settings)
+
+        running = server(engine, host, observer, settings, ready)
+        running.run([listener])
     return 0
 
 

@@ -22,15 +22,25 @@ DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 
 ))  # fmt: skip
 _LONGEST_ID = 128  # an id comes back with every row, so a long one would be multiplied
 _MOST_DIMENSIONS = 32
-_LARGEST = 1 << 62
+_LARGEST = 1 << 60  # elements; numpy counts bytes in 63 bits, also of an array without any, and 8 to an element
 _TYPES: dict[str, set[type]] = {"f": {int, float}, "i": {int}, "u": {int}, "b": {bool}}
 _WORDS = {"f": "numbers", "i": "whole numbers", "u": "whole numbers", "b": "true or false"}
 
 Id = str | int | None
 
 
-def parse_object(data: str | bytes | memoryview, what: str) -> dict[str, Any]:
-    """A JSON object; `what` is what the error calls it."""
+class TooMuchJsonError(InputError):
+    """More JSON than one message may hold."""
+
+
+def parse_object(data: str | bytes | memoryview, what: str, most: int) -> dict[str, Any]:
+    """A JSON object of at most `most` bytes; `what` is what the error calls it."""
+    size = len(data) if not isinstance(data, str) or len(data) > most else len(data.encode())
+    if size > most:
+        raise TooMuchJsonError(
+            f"{what} is {size} bytes of JSON, {most} are read here; send the tensors in binary, or fewer rows at a "
+            "time, or start the server with a larger --max-json-bytes"
+        )
     try:
         body = json.loads(data if isinstance(data, str) else str(data, "utf-8"))
     except (ValueError, RecursionError) as error:

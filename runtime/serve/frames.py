@@ -22,6 +22,9 @@ Without `id` it is null, without `rows` a row is called by its index. `tolerance
 it the plan compiled for answers. After `deadline_ms` a row gets the best answer so far, marked `short`. With
 `best_effort` it gets that rather than wait for a stage that is not in memory. A batch without rows has no answer.
 
+JSON, be it a whole message or a header, is of at most `max_json_bytes` bytes: reading it holds up everybody, and more
+than that is quicker sent in binary.
+
 `kind` is one of those in `KINDS`. A message that cannot be read costs nothing but its own error.
 """
 
@@ -143,19 +146,19 @@ def _bytes_of(shape: tuple[int, ...], dtype: str) -> int:
     return size * (int(bits) // 8 if bits in ("8", "16", "32", "64") else 1)
 
 
-def open_text(text: str) -> Frame:
-    """A text message. Raises `InputError`."""
-    header = parse_object(text, "the message")
+def open_text(text: str, max_json: int) -> Frame:
+    """A text message of at most `max_json` bytes. Raises `InputError`."""
+    header = parse_object(text, "the message", max_json)
     return Frame(identifier(header.get("id"), "id"), header, None)
 
 
-def open_binary(data: bytes) -> Frame:
-    """A binary message. Raises `InputError`."""
+def open_binary(data: bytes, max_json: int) -> Frame:
+    """A binary message with a header of at most `max_json` bytes. Raises `InputError`."""
     length = int.from_bytes(data[:_LENGTH], "little")
     if len(data) < _LENGTH + length:
         raise InputError(f"the message has {len(data)} bytes and a header of {length}; begin with its length, uint32")
     view = memoryview(data)
-    header = parse_object(view[_LENGTH : _LENGTH + length], "the header")
+    header = parse_object(view[_LENGTH : _LENGTH + length], "the header", max_json)
     return Frame(identifier(header.get("id"), "id"), header, view[_LENGTH + length :])
 
 

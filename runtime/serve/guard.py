@@ -5,6 +5,10 @@ reader takes nothing of what was written for it in `send_seconds`, while a respo
 connection is being closed. The last holds for WebSockets too, which begin as HTTP; a WebSocket whose messages wait is
 `stream`'s to close.
 
+Closed too, where there are more than `2 * max_connections + 16`: the oldest connection that has sent no whole request
+yet, else the oldest without one under way, else the newest. So who connects and says nothing locks nobody out, and
+whoever connects and asks at once is heard. The door counts those that are let in.
+
 Not an error: a WebSocket that its client is closing when the server stops. uvicorn 0.54 would send a close of its own
 then, which the protocol refuses, and end with that error.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
@@ -31,16 +36,44 @@ class GuardedSocket(WebSocketsSansIOProtocol):
 
 
 def guarded(settings: Settings) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol with these limits, for `uvicorn.Config(http=...)`."""
+    """uvicorn's HTTP protocol with these limits, for `uvicorn.Config(http=...)`; a class for one server."""
+    most = 2 * settings.max_connections + 16
+    here: dict[Guarded, None] = {}  # the oldest first; WebSockets are not among them
 
     class Guarded(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            here[self] = None
+            if len(self.connections) > most:
+                self._make_room()
             self._seen: RequestResponseCycle | None = None
             self._since = self.loop.time()
             self._pauses = 0
             self._last = (0, 0)  # bytes not sent yet, and pauses so far, at the last look
             self._look_later()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            here.pop(self, None)
+            super().connection_lost(exc)
+
+        def handle_websocket_upgrade(self, event: h11.Request) -> None:
+            del here[self]
+            super().handle_websocket_upgrade(event)
+
+        def _make_room(self) -> None:
+            silent = (each for each in here if not each._asked() and each is not self)
+            between = (each for each in here if not each._busy() and each is not self)
+            gone = next(silent, None) or next(between, self)
+            # It is counted until its loss is told, which more connections may come before.
+            del here[gone]
+            self.connections.discard(gone)
+            gone.transport.abort()
+
+        def _asked(self) -> bool:
+            return self.cycle is not None
+
+        def _busy(self) -> bool:
+            return self._asked() and not self.cycle.response_complete
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -67,8 +100,7 @@ def guarded(settings: Settings) -> type[asyncio.Protocol]:
 
         def _idle(self) -> bool:
             """No request under way, and none for so long."""
-            busy = self.cycle is not None and not self.cycle.response_complete
-            if busy or self.cycle is not self._seen or self.transport.get_protocol() is not self:
+            if self._busy() or self.cycle is not self._seen or self.transport.get_protocol() is not self:
                 self._seen, self._since = self.cycle, self.loop.time()
             return self.loop.time() - self._since >= settings.idle_seconds
 

@@ -9,7 +9,8 @@ parameters `tolerance`, `deadline_ms` and `best_effort` mean what they do in `fr
 `short_rows` counts rows that got a best answer so far. A version is the beginning of the digest of the artifact's
 manifest. `load` reads the model's path again, which the command line gave; it takes no path or file.
 
-Errors are `{"error": message}`: 400 for what does not fit, 404, 408 for a body that does not arrive, 413, 415 for a
+Errors are `{"error": message}`: 400 for what does not fit, 404, 408 for a body that does not arrive, 413 (too much
+JSON to read or to write among it: ask for binary), 415 for a
 compressed one, 503 with Retry-After where there is no room, 500 for a model that cannot be run.
 """
 
@@ -33,10 +34,21 @@ from ..errors import BusyError, InputError, OfframpError, UnknownModelError, Usa
 from ..inputs import name_arrays
 from ..manifest import Manifest, TensorSpec
 from .body import RefusedError, read_body
-from .fields import asked, from_bytes, from_lists, identifier, mapping, parse_object, room_for, sequence, shape_of
+from .fields import (
+    TooMuchJsonError,
+    asked,
+    from_bytes,
+    from_lists,
+    identifier,
+    mapping,
+    parse_object,
+    room_for,
+    sequence,
+    shape_of,
+)
 from .frames import told
 from .limits import Settings
-from .work import Asked, Engine, Host, Leaving, Observer, held
+from .work import Asked, Engine, Host, Leaving, Observer, Ticket, held
 
 WORDS = {
     "bool": "BOOL",
@@ -46,6 +58,7 @@ WORDS = {
 _DTYPES = {word: dtype for dtype, word in WORDS.items()}
 _OUTPUTS = {"probabilities": "FP32", "class": "INT64", "exit": "INT64", "confidence": "FP32"}
 _LENGTH = "inference-header-content-length"
+_NUMBER = 22  # bytes of a probability in JSON, about
 _VERSION_LENGTH = 12  # of the digest's characters
 _ASKED = ("tolerance", "deadline_ms", "best_effort")
 
@@ -62,6 +75,7 @@ class Answers:
     """A request's rows as they come together; used in the loop only."""
 
     def __init__(self, rows: int, classes: int) -> None:
+        """`classes` as the manifest says; the version that answers may be a newer one, with others."""
         self.probabilities = np.empty((rows, classes), np.float32)
         self.exits = np.empty(rows, np.int64)
         self.confidence = np.empty(rows, np.float32)
@@ -75,9 +89,16 @@ class Answers:
         """Some rows, or why there are none."""
         if self.complete.done():
             return
+        try:
+            self._keep(leaving)
+        except Exception as error:  # noqa: BLE001  # the loop would log it, and the request would wait for ever
+            self.complete.set_exception(error)
+
+    def _keep(self, leaving: Leaving) -> None:
         if leaving.error is not None:
-            self.complete.set_exception(leaving.error)
-            return
+            raise leaving.error
+        if self._left == len(self.exits):
+            self.probabilities = np.empty((self._left, leaving.probabilities.shape[1]), np.float32)
         self.probabilities[leaving.rows] = leaving.probabilities
         self.exits[leaving.rows] = leaving.exit
         self.confidence[leaving.rows] = leaving.confidence
@@ -160,7 +181,7 @@ class Infer:
 
     async def _load(self, request: Request) -> Response:
         body = await read_body(request, self._settings)
-        if body and parse_object(body, "the body").get("parameters"):
+        if body and parse_object(body, "the body", self._settings.max_json_bytes).get("parameters"):
             raise InputError("a model is loaded from the path the server was started with; send no parameters")
         name = request.path_params["name"]
         self.known(request)
@@ -169,49 +190,53 @@ class Infer:
         return JSONResponse({})
 
     async def _infer(self, request: Request) -> Response:
-        manifest, version = self.known(request)
+        self.known(request)  # who asks for what is not here need not send all of it
         name = request.path_params["name"]
         body = await read_body(request, self._settings)
+        manifest, version = self.known(request)
         try:
-            header, tensors = _parted(body, request.headers.get(_LENGTH))
+            header, tensors = _parted(body, request.headers.get(_LENGTH), self._settings.max_json_bytes)
             wanted = _wanted(header)
             of = identifier(header.get("id"), "id")
             batch = _batch(header, tensors, manifest.inputs, self._settings.max_rows)
             options = asked({key: _parameters(header).get(key) for key in _ASKED})
+            _room_to_answer(wanted, len(next(iter(batch.values()))), manifest.classes, self._settings.max_json_bytes)
         except InputError:
             self._observer.refused(name, 0, "input")
             raise
-        answers = await self._answered(request, batch, options, manifest.classes)
-        # Which version answered is known where it did not change meanwhile.
-        same = {"model_version": version} if self.known(request)[1] == version else {}
+        answers = Answers(len(next(iter(batch.values()))), manifest.classes)
+        ticket = self._submit(name, batch, options, answers)
+        try:
+            # The engine took the newest version: this one, if it was that before and still is.
+            same = {"model_version": version} if self.known(request)[1] == version else {}
+            await _complete(request, answers)
+        except BaseException:
+            ticket.cancel()
+            raise
         stated = {"model_name": name, **same, **({} if of is None else {"id": of})}
         return _response({**stated, "parameters": {"short_rows": answers.short}}, answers, wanted)
 
-    async def _answered(
-        self, request: Request, batch: Mapping[str, np.ndarray], options: Asked, classes: int
-    ) -> Answers:
-        """All rows; a client that leaves cancels them."""
-        answers = Answers(len(next(iter(batch.values()))), classes)
+    def _submit(self, name: str, batch: Mapping[str, np.ndarray], options: Asked, answers: Answers) -> Ticket:
         loop = asyncio.get_running_loop()
 
         def deliver(leaving: Leaving) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
                 loop.call_soon_threadsafe(answers.take, leaving)
 
-        ticket = self._engine.submit(request.path_params["name"], batch, options, deliver)
-        gone = asyncio.create_task(_gone(request))
-        try:
-            await asyncio.wait({answers.complete, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answers.complete.done():
-                raise RefusedError(499, "the client closed the connection")
-            answers.complete.result()
-        except BaseException:
-            ticket.cancel()
-            raise
-        finally:
-            gone.cancel()
-            answers.complete.cancel()
-        return answers
+        return self._engine.submit(name, batch, options, deliver)
+
+
+async def _complete(request: Request, answers: Answers) -> None:
+    """All rows are there. Raises what they ended in, and `RefusedError` once the client has left."""
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({answers.complete, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answers.complete.done():
+            raise RefusedError(499, "the client closed the connection")
+        answers.complete.result()
+    finally:
+        gone.cancel()
+        answers.complete.cancel()
 
 
 async def _gone(request: Request) -> None:
@@ -225,6 +250,8 @@ def error_response(error: OfframpError) -> Response:
         status = 404
     elif isinstance(error, BusyError):
         status = 503
+    elif isinstance(error, TooMuchJsonError):
+        status = 413
     else:
         status = 400 if isinstance(error, InputError | UsageError) else 500
     headers = {"retry-after": "1"} if status == 503 else None
@@ -235,17 +262,17 @@ def _parameters(of: Mapping[str, Any]) -> dict[str, Any]:
     return mapping(of.get("parameters"), "parameters")
 
 
-def _parted(body: bytes, length: str | None) -> tuple[dict[str, Any], memoryview]:
+def _parted(body: bytes, length: str | None, max_json: int) -> tuple[dict[str, Any], memoryview]:
     """-> the JSON, and the tensors' bytes after it."""
     if length is None:
-        return parse_object(body, "the request"), memoryview(b"")
+        return parse_object(body, "the request", max_json), memoryview(b"")
     size = int(length) if length.isascii() and length.isdigit() and len(length) < 12 else -1
     if not 0 <= size <= len(body):
         raise InputError(
             f"Inference-Header-Content-Length is {length!r:.80}, the body has {len(body)} bytes; correct it"
         )
     view = memoryview(body)
-    return parse_object(view[:size], "the request"), view[size:]
+    return parse_object(view[:size], "the request", max_json), view[size:]
 
 
 def _wanted(header: Mapping[str, Any]) -> list[_Wanted]:
@@ -263,6 +290,16 @@ def _wanted(header: Mapping[str, Any]) -> list[_Wanted]:
             raise InputError(f"output {name!r} is not given as classification; ask for 'class' and 'probabilities'")
         wanted.append(_Wanted(name, parameters.get("binary_data", binary) is True))
     return wanted
+
+
+def _room_to_answer(wanted: list[_Wanted], rows: int, classes: int, max_json: int) -> None:
+    """Refuse an answer that would be too much JSON before anything is computed for it."""
+    numbers = sum(rows * (classes if each.name == "probabilities" else 1) for each in wanted if not each.binary)
+    if numbers * _NUMBER > max_json:
+        raise TooMuchJsonError(
+            f"the answer is {numbers} numbers, about {numbers * _NUMBER} bytes of JSON, {max_json} are written here; "
+            "ask for it with the parameter binary_data_output, or start the server with a larger --max-json-bytes"
+        )
 
 
 def _batch(

@@ -12,6 +12,7 @@ class Settings:
     token: str | None = None  # asked for as `Authorization: Bearer`; None: nobody is asked
     hosts: frozenset[str] | None = None  # names the server answers to, without port; None: any
     max_message: int = 16 << 20  # bytes of one request's body or one WebSocket message
+    max_json_bytes: int = 4 << 20  # bytes of JSON in either; one thread reads it, and all others wait
     max_rows: int = 4096  # of one request
     max_connections: int = 256  # WebSockets and HTTP requests at the same time
     idle_seconds: float = 60.0  # a socket that says nothing, and owes nothing, for so long is closed; a body is read

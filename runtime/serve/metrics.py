@@ -4,9 +4,10 @@
 of rows; what Prometheus and the page need is made of them when they ask. What is in memory and what waits is asked of
 the host and the engine at that moment.
 
-Live disagreement is that of the rows that ran on to the end in the background, a fair sample of all rows whatever
-tolerance they asked for. Beside it stands what the artifact promises: the tolerance of its default plan, and the bound
-of its certificate where it has one.
+Rows that ran on to the end in the background are a fair sample of all rows, whatever they asked for. The live risk is
+that of those the default plan answered: rows of another tolerance and those that were cut short are not among them. It
+is of the kind the artifact's tolerances bound, disagreement or regret, so it may stand beside what the artifact
+promises: the tolerance of its default plan, and the bound of its certificate where it has one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from ..manifest import Manifest
+from .recording import Recording
 from .tally import ModelTally, StageTally
 from .work import Engine, Host, SegmentState, held
 
@@ -38,6 +40,8 @@ class Metrics(Collector):
         self._names: frozenset[str] | None = None
         self._host: Host | None = None
         self._engine: Engine | None = None
+        self._recording: Recording | None = None
+        self._unplaced = 0  # rows
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -45,6 +49,10 @@ class Metrics(Collector):
         """Whom to ask what is in memory and what waits; the models they serve are the only ones counted by name."""
         self._host, self._engine = host, engine
         self._names = frozenset(host.names())
+
+    def record(self, recording: Recording) -> None:
+        """Whom to ask what became of the rows that were watched."""
+        self._recording = recording
 
     def accepted(self, model: str, rows: int) -> None:
         with self._lock:
@@ -88,11 +96,18 @@ class Metrics(Collector):
         with self._lock:
             self._of(model).stage(stage).evictions += 1
 
-    def watched(self, model: str, exit: int, agrees: bool) -> None:
+    def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None:
         with self._lock:
             tally = self._of(model).exit(exit)
             tally.watched += 1
             tally.disagree += not agrees
+            if risk is not None:
+                tally.planned += 1
+                tally.risk += risk
+
+    def unplaced(self, rows: int) -> None:
+        with self._lock:
+            self._unplaced += rows
 
     def _of(self, model: str) -> ModelTally:
         name = model if self._names is None or model in self._names else UNKNOWN
@@ -109,7 +124,10 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         with self._lock:
             families = [*_of_models(self._models), *_of_exits(self._models), *_of_stages(self._models)]
+            unplaced = self._unplaced
         yield from families
+        yield _plain_counter("offramp_unplaced_rows", "Rows not watched, for all places were taken", unplaced)
+        yield from _of_recording(self._recording)
         yield from self._of_the_moment()
 
     def _of_the_moment(self) -> Iterator[Metric]:
@@ -162,6 +180,22 @@ def _manifest(host: Host, name: str) -> Manifest:
         return hosted.manifest
 
 
+def _plain_counter(name: str, says: str, count: int) -> Metric:
+    return CounterMetricFamily(name, says, value=count)
+
+
+def _of_recording(recording: Recording | None) -> Iterator[Metric]:
+    """Nothing where nothing is to be recorded."""
+    if recording is None:
+        return
+    counts = recording.counts()
+    yield _plain_counter("offramp_recorded_rows", "Rows written to the record", counts.recorded)
+    yield _plain_counter("offramp_unrecorded_rows", "Watched rows that were not, see the log", counts.dropped)
+    yield GaugeMetricFamily(
+        "offramp_recording_stopped", "1: nothing is recorded any more, the log says why", value=float(recording.stopped)
+    )
+
+
 def _stats(
     manifest: Manifest,
     tally: ModelTally,
@@ -192,6 +226,8 @@ def _stats(
         "stages": stages,
         "watched": sum(left.watched for left in tally.exits.values()),
         "disagree": sum(left.disagree for left in tally.exits.values()),
+        "planned": sum(left.planned for left in tally.exits.values()),
+        "lost": sum(left.risk for left in tally.exits.values()),  # risk of the planned, summed
         "risk": manifest.risk,
         "tolerance": plan.tolerance,
         "bound": plan.certificate.bound if plan.certificate else None,
@@ -242,6 +278,10 @@ def _of_exits(models: dict[str, ModelTally]) -> Iterator[Metric]:
     disagree = CounterMetricFamily(
         "offramp_watched_rows_disagree", "Of those, rows the backbone answers otherwise", labels=labels
     )
+    planned = CounterMetricFamily("offramp_planned_rows", "Of those, rows the default plan answered", labels=labels)
+    risk = CounterMetricFamily(
+        "offramp_planned_rows_risk", "Their risk, summed: over their number it compares to the tolerance", labels=labels
+    )
     for name, tally in models.items():
         for index, left in tally.exits.items():
             key = (name, str(index))
@@ -249,7 +289,9 @@ def _of_exits(models: dict[str, ModelTally]) -> Iterator[Metric]:
             seconds.add_metric(key, left.seconds.buckets(), left.seconds.sum)
             watched.add_metric(key, left.watched)
             disagree.add_metric(key, left.disagree)
-    yield from (rows, seconds, watched, disagree)
+            planned.add_metric(key, left.planned)
+            risk.add_metric(key, left.risk)
+    yield from (rows, seconds, watched, disagree, planned, risk)
 
 
 def _of_stages(models: dict[str, ModelTally]) -> Iterator[Metric]:

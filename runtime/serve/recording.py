@@ -100,6 +100,12 @@ class Recording:
         with self._changed:
             return Counts(self._recorded, self._dropped)
 
+    @property
+    def stopped(self) -> bool:
+        """It keeps nothing any more: the disk is full, or it is closed."""
+        with self._changed:
+            return self._stopped
+
     def close(self) -> None:
         """Write what waits, then let go of the store. What is recorded from now on is dropped."""
         with self._changed:

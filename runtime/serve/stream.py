@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
@@ -25,6 +26,8 @@ from .frames import Frame, Message, answers, failure, open_binary, open_text
 from .limits import Settings
 from .work import Engine, Host, Leaving, Observer, Ticket, held
 
+_log = logging.getLogger(__name__)
+
 IDLE = 1001  # close code
 
 
@@ -34,6 +37,7 @@ class Streams:
     def __init__(self, engine: Engine, host: Host, observer: Observer, settings: Settings) -> None:
         self.engine, self.host, self.observer, self.settings = engine, host, observer, settings
         self._open: set[_Stream] = set()
+        self.closing = False  # what is read is not looked at any more, nor refused: each refusal would have to be sent
 
     async def endpoint(self, socket: WebSocket) -> None:
         """One connection from handshake to close."""
@@ -52,10 +56,15 @@ class Streams:
             self._open.discard(stream)
 
     async def drained(self) -> None:
-        """Every answer that was delivered so far is sent, or its connection is gone."""
-        while waiting := [stream for stream in self._open if not stream.empty.is_set()]:
-            for stream in waiting:
-                await stream.empty.wait()
+        """Take nothing more; every answer that was delivered so far is sent, or its connection is gone, or its reader
+        has not taken it for longer than `send_seconds`.
+        """
+        self.closing = True
+        # A reader that takes one message just within its time could take them all for hours.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.send_seconds + 1):
+                for stream in list(self._open):
+                    await stream.empty.wait()
 
 
 class _Stream:
@@ -103,6 +112,8 @@ class _Stream:
                 return
             if message["type"] == "websocket.disconnect":
                 return
+            if self._streams.closing:
+                continue  # only to learn whether it hangs up
             text = message.get("text")
             self._take(message["bytes"] if text is None else text)
 
@@ -110,10 +121,17 @@ class _Stream:
         binary = isinstance(data, bytes)
         frame: Frame | None = None
         try:
-            frame = open_binary(data) if isinstance(data, bytes) else open_text(data)
+            most = self._settings.max_json_bytes
+            frame = open_binary(data, most) if isinstance(data, bytes) else open_text(data, most)
             self._submit(frame, binary)
         except OfframpError as error:
-            self._put(1, (failure(frame.id if frame else None, error, binary=binary),))
+            self._refuse(frame, error, binary)
+        except Exception:  # noqa: BLE001  # the reader's end would cost all batches of this socket
+            _log.exception("a message of a socket of %s could not be taken", self._name)
+            self._refuse(frame, OfframpError("the server failed on this message; its log says where"), binary)
+
+    def _refuse(self, frame: Frame | None, error: OfframpError, binary: bool) -> None:
+        self._put(1, (failure(frame.id if frame else None, error, binary=binary),))
 
     def _submit(self, frame: Frame, binary: bool) -> None:
         streams, settings = self._streams, self._settings

@@ -71,6 +71,8 @@ class ExitTally:
     recent: Recent = field(default_factory=Recent)
     watched: int = 0  # rows answered here that ran on to the end
     disagree: int = 0  # of those, answered otherwise by the backbone
+    planned: int = 0  # of the watched, those that the default plan answered
+    risk: float = 0.0  # of these answers, summed
 
 
 @dataclass

@@ -13,7 +13,8 @@ from functools import partial
 
 import numpy as np
 
-from .requests import Request
+from ..selection.bounds import REGRET
+from .requests import Request, Spoken
 from .work import Observer, Recorder, Sample
 
 _log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Watching:
     def __init__(self, recorder: Recorder | None, observer: Observer, bound: int) -> None:
         self._recorder, self._observer = recorder, observer
         self.free = bound
+        self._unplaced = 0  # rows nobody has been told of
 
     def chosen(self, model: str, rows: int) -> np.ndarray:
         """[rows] bool: those the recorder would like to see; none where it fails."""
@@ -44,6 +46,7 @@ class Watching:
         """[rows] bool: the chosen ones that find a place; the first come first."""
         given: np.ndarray = chosen & (np.cumsum(chosen) <= self.free)
         self.free -= int(np.count_nonzero(given))
+        self._unplaced += int(np.count_nonzero(chosen & ~given))
         return given
 
     def leave(self, request: Request, rows: np.ndarray) -> None:
@@ -60,13 +63,33 @@ class Watching:
         spoken, recorder = request.spoken, self._recorder
         if spoken is None or recorder is None:
             return
-        now = time.time()
+        # Told here, for a row that found no place has others before it that come this way.
+        if self._unplaced:
+            after.append(partial(self._observer.unplaced, self._unplaced))
+            self._unplaced = 0
+        now, planned = time.time(), _as_planned(request, spoken, rows)
         for place in here:
             row = int(rows[place])
             exit, early = int(spoken.exit[row]), spoken.probabilities[row].copy()
             final = probabilities[place].copy()
             sample = Sample(request.model, request.hosted.digest, request.row(row), exit, early, final, now)
             agrees = bool(early.argmax() == final.argmax())
+            risk = _risk(request.hosted.manifest.risk, early, final) if planned[place] else None
             after.append(partial(recorder.record, sample))
-            after.append(partial(self._observer.watched, request.model, exit, agrees))
+            after.append(partial(self._observer.watched, request.model, exit, agrees, risk))
         self.leave(request, rows[here])
+
+
+def _as_planned(request: Request, spoken: Spoken, rows: np.ndarray) -> np.ndarray:
+    """[n] bool: of answered rows [n], those that left where the default plan lets them."""
+    limits, exits = request.limits[rows], spoken.exit[rows]
+    plain = np.array(request.hosted.manifest.thresholds(None), np.float32)
+    passed = np.append(plain, np.float32(-np.inf))[exits]  # the last exit answers whatever its confidence
+    planned: np.ndarray = (limits == plain).all(axis=1) & (spoken.confidence[rows] >= passed)
+    return planned
+
+
+def _risk(kind: str, early: np.ndarray, final: np.ndarray) -> float:
+    """Of one answer, by the backbone's probabilities [K]; see `selection.bounds`."""
+    given, best = early.argmax(), final.argmax()
+    return float(final[best] - final[given]) if kind == REGRET else float(given != best)

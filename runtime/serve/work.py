@@ -185,8 +185,13 @@ class Observer(Protocol):
 
     def evicted(self, model: str, stage: int) -> None: ...
 
-    def watched(self, model: str, exit: int, agrees: bool) -> None:
-        """A watched row reached the end."""
+    def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None:
+        """A watched row reached the end. `risk` of its answer, of the kind its manifest's tolerances bound; None where
+        no tolerance of the default plan speaks of it: it asked for another, or was cut short.
+        """
+
+    def unplaced(self, rows: int) -> None:
+        """So many more were chosen to be watched, and not, for all places were taken."""
 
 
 class Silent:
@@ -206,4 +211,6 @@ class Silent:
 
     def evicted(self, model: str, stage: int) -> None: ...
 
-    def watched(self, model: str, exit: int, agrees: bool) -> None: ...
+    def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None: ...
+
+    def unplaced(self, rows: int) -> None: ...

@@ -57,7 +57,7 @@ def test_an_npz_of_several_inputs_goes_by_name(tmp_path: Path) -> None:
     rows = open_data(path, inputs=XY)
     assert rows.input_names == ("x", "y")
     assert list(rows.take(np.arange(2))) == ["x", "y"]
-    with pytest.raises(InputError, match="unknown: y"):
+    with pytest.raises(InputError, match="unknown: 'y'"):
         open_data(path, inputs=X)
 
 

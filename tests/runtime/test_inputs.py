@@ -37,8 +37,8 @@ def ids(*shape: int) -> np.ndarray:
         (image(2, 3, 8, 8).astype(object), "is object"),
         ([[1.0]], "is a list; pass a numpy array"),
         ({"x": [1.0]}, "input 'x' is a list"),
-        ({}, "missing: x; the model takes x"),
-        ({"x": image(1, 3, 8, 8), "y": image(1)}, "unknown: y; the model takes x"),
+        ({}, "missing: 'x'; the model takes x"),
+        ({"x": image(1, 3, 8, 8), "y": image(1)}, "unknown: 'y'; the model takes x"),
         (None, "is a NoneType"),
     ],
 )
@@ -51,7 +51,7 @@ def test_a_single_input_is_refused(batch: Any, message: str) -> None:
     ("batch", "message"),
     [
         (ids(2, 8), "takes 2 inputs; pass a dict with ids, mask"),
-        ({"ids": ids(2, 8)}, "missing: mask"),
+        ({"ids": ids(2, 8)}, "missing: 'mask'"),
         ({"ids": ids(2, 8), "mask": ids(3, 8)}, "disagree on 'batch': 2 in 'ids', 3 in 'mask'"),
         ({"ids": ids(2, 8), "mask": ids(2, 9)}, "disagree on 'length': 8 in 'ids', 9 in 'mask'"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def build(args: argparse.Namespace, paths: dict[str, Path], observer: Metrics, s
     engine = Patient(host, observer)
     if args.max_batch == 1:
         engine.go.clear()
+    if args.seed:  # the number of a signal that comes while the models are being loaded
+        signal.raise_signal(args.seed)
     return engine, host
 
 

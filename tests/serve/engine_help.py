@@ -227,6 +227,8 @@ class Journal:
     answered_: list[tuple[str, int, int, bool]] = field(default_factory=list)  # model, exit, rows, short
     failed_: list[tuple[str, int]] = field(default_factory=list)
     watched_: list[tuple[str, int, bool]] = field(default_factory=list)
+    unplaced_: int = 0
+    risks_: list[float | None] = field(default_factory=list)  # of the watched
 
     def accepted(self, model: str, rows: int) -> None:
         self.accepted_.append((model, rows))
@@ -249,8 +251,12 @@ class Journal:
 
     def evicted(self, model: str, stage: int) -> None: ...
 
-    def watched(self, model: str, exit: int, agrees: bool) -> None:
+    def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None:
         self.watched_.append((model, exit, agrees))
+        self.risks_.append(risk)
+
+    def unplaced(self, rows: int) -> None:
+        self.unplaced_ += rows
 
 
 class Notes:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import time
@@ -60,8 +61,40 @@ def test_watched_rows_run_on_and_are_recorded(start: Start, host: FakeHost, jour
     assert receiver.exits() == exits.tolist()
     agrees = probabilities.argmax(axis=1) == every[2].argmax(axis=1)
     assert sorted(journal.watched_) == sorted(("a", int(e), bool(a)) for e, a in zip(exits, agrees, strict=True))
+    assert sorted(risk for risk in journal.risks_ if risk is not None) == sorted((~agrees).astype(float).tolist())
     assert sum(rows for _, _, rows, _ in journal.answered_) == 40
     assert engine._watching.free == 256
+
+
+def test_the_risk_of_watched_rows_is_of_the_kind_their_tolerance_bounds(
+    start: Start, host: FakeHost, journal: Journal
+) -> None:
+    host.models["a"].manifest = dataclasses.replace(host.models["a"].manifest, risk="regret")
+    notes = Notes(1.0)
+    engine = start(recorder=notes)
+    ask(engine, batch(40)).wait()
+    samples = notes.wait(40)
+    engine.close(PATIENCE)
+    lost = [float(sample.final.max() - sample.final[sample.early.argmax()]) for sample in samples]
+    assert 0 < max(lost) < 1
+    assert sorted(risk for risk in journal.risks_ if risk is not None) == pytest.approx(sorted(lost))
+
+
+def test_watched_rows_that_the_default_plan_did_not_answer_have_no_risk(
+    start: Start, host: FakeHost, journal: Journal
+) -> None:
+    notes = Notes(1.0)
+    engine = start(recorder=notes)
+    ask(engine, rows_at(0, 3), Asked(tolerance=0.001)).wait()
+    notes.wait(3)
+    host.models["a"].evict(2)
+    ask(engine, rows_at(2, 3), Asked(deadline=0.05)).wait()
+    host.models["a"].load(2)
+    notes.wait(3)
+    ask(engine, rows_at(1, 3), Asked(deadline=1e6)).wait()
+    notes.wait(3)
+    engine.close(PATIENCE)
+    assert [risk is None for risk in journal.risks_] == [True] * 6 + [False] * 3
 
 
 def test_watched_rows_yield_to_live_ones_and_fill_their_batches(start: Start, host: FakeHost, journal: Journal) -> None:
@@ -80,6 +113,7 @@ def test_watched_rows_yield_to_live_ones_and_fill_their_batches(start: Start, ho
     engine.close(PATIENCE)
     assert len(notes.samples) == 6
     assert engine._watching.free == 6
+    assert journal.unplaced_ == 4
 
 
 def test_watched_rows_of_a_deadline_run_on_behind_their_short_answer(start: Start, host: FakeHost) -> None:

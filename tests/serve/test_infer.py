@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import re
@@ -17,7 +18,9 @@ from tritonclient.utils import InferenceServerException
 from web_help import Answer, Served, ask, expected, mixed, served, until
 
 from offramp.runtime.errors import ArtifactError, BusyError, OfframpError, StorageError
+from offramp.runtime.serve.infer import Answers
 from offramp.runtime.serve.limits import Settings
+from offramp.runtime.serve.work import Leaving
 
 INFER = "/v2/models/tiny/infer"
 NAMES = ["probabilities", "class", "exit", "confidence"]
@@ -32,7 +35,7 @@ def running() -> Iterator[Served]:
 @pytest.fixture(autouse=True)
 def _as_new(running: Served) -> Iterator[None]:
     yield
-    running.engine.refuses = running.engine.fails = running.host.fails = None
+    running.engine.refuses = running.engine.fails = running.host.fails = running.engine.classes = None
     running.engine.go.set()
 
 
@@ -172,6 +175,41 @@ def test_a_version_that_is_not_there(client: Any) -> None:
     assert error.value.status() == "404"
 
 
+def test_a_version_asked_for_answers_although_it_is_replaced_meanwhile(client: Any, running: Served) -> None:
+    version = client.get_model_metadata("tiny")["versions"][0]
+    running.engine.go.clear()
+    seen = len(running.engine.tickets)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(
+            ask, running, f"/v2/models/tiny/versions/{version}/infer", "POST", json.dumps(body(batch(2))).encode()
+        )
+        until(lambda: len(running.engine.tickets) > seen)
+        assert ask(running, "/v2/health/live").status == 200, "so the loop is done with submitting"
+        running.host.swap("tiny")
+        running.engine.go.set()
+        answer = asked.result()
+    assert answer.status == 200
+    assert answer.json()["model_version"] == version
+
+
+def test_a_newer_version_may_know_more_classes(running: Served) -> None:
+    """The request was read while the old one stood; the engine answers with the newest."""
+    running.engine.classes = 7
+    answer = post(running, body(mixed(20)))
+    assert answer.status == 200
+    assert answer.json()["outputs"][0]["shape"] == [20, 7]
+
+
+def test_rows_that_cannot_be_kept_fail_their_request() -> None:
+    async def taken() -> None:
+        answers = Answers(2, 5)
+        answers.take(Leaving(np.array([7]), 0, np.zeros((1, 5), np.float32), np.zeros(1, np.float32), 0.0))
+        await answers.complete
+
+    with pytest.raises(IndexError, match="out of bounds"):
+        asyncio.run(taken())
+
+
 def test_load_reads_the_path_of_the_command_line_again(client: Any, running: Served) -> None:
     before = client.get_model_metadata("tiny")["versions"]
     client.load_model("tiny")
@@ -237,6 +275,8 @@ BAD: list[tuple[Any, str]] = [
     ({"inputs": [input_of(shape=[-1, 6])]}, "sizes from 0 up"),
     ({"inputs": [input_of(shape=[True, 6])]}, "sizes from 0 up"),
     ({"inputs": [input_of(shape=[0, 1 << 30, 1 << 30, 1 << 30])]}, "sizes from 0 up"),
+    ({"inputs": [input_of(datatype="FP64", shape=[0, 2147483647, 1073741823], data=[])]}, "sizes from 0 up"),
+    ({"inputs": [*body(batch(1))["inputs"], input_of(name="\ud800")]}, r"unknown: '\\ud800'"),
     ({"inputs": [input_of(shape=[1] * 33)]}, "sizes from 0 up"),
     ({"inputs": [input_of(shape=[2, 6])]}, "has 6 values"),
     ({"inputs": [input_of(shape=[1001, 6])]}, "1001 rows in one request, 1000 are allowed"),
@@ -252,8 +292,8 @@ BAD: list[tuple[Any, str]] = [
     ({"inputs": [input_of(parameters={"binary_data_size": 24})]}, "0 bytes are left"),
     ({"inputs": [input_of(parameters={"binary_data_size": "24"})]}, "0 bytes are left"),
     ({"inputs": [input_of(parameters=[])]}, "parameters is a list"),
-    ({"inputs": [input_of()]}, "missing: side"),
-    ({"inputs": [*body(batch(1))["inputs"], input_of(name="z")]}, "unknown: z"),
+    ({"inputs": [input_of()]}, "missing: 'side'"),
+    ({"inputs": [*body(batch(1))["inputs"], input_of(name="z")]}, "unknown: 'z'"),
     (body({"x": batch(2)["x"], "side": batch(3)["side"]}), "inputs disagree on 'batch'"),
     (body({**batch(1), "x": np.zeros((1, 7))}), r"has shape \(1, 7\)"),
     (body({**batch(1), "x": np.full((1, 6), np.nan)}), "NaN or infinity"),
@@ -313,6 +353,24 @@ def test_a_body_that_is_too_large_is_413(running: Served) -> None:
     connection.request("POST", INFER, parts, encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
     assert connection.getresponse().status == 413
     connection.close()
+
+
+def test_too_much_json_is_refused_unread_and_goes_in_binary() -> None:
+    arrays = batch(100)
+    with served(Settings(max_json_bytes=2000)) as running, triton.InferenceServerClient(running.place) as own:
+        read = post(running, b"[" * 2001), post(running, b"[" * 2001, inference_header_content_length="2001")
+        load = ask(running, "/v2/repository/models/tiny/load", "POST", b"[" * 2001)
+        for answer in (*read, load):
+            assert answer.status == 413
+            assert "2001 bytes of JSON, 2000 are read here" in answer.error
+        check(own.infer("tiny", tensors(arrays)), arrays)
+        submitted = len(running.engine.tickets)
+        wanted = [triton.InferRequestedOutput(name, binary_data=False) for name in NAMES]
+        with pytest.raises(InferenceServerException, match="binary_data_output") as error:
+            own.infer("tiny", tensors(arrays), outputs=wanted)
+        assert error.value.status() == "413"
+        assert len(running.engine.tickets) == submitted
+        assert own.infer("tiny", tensors(batch(10)), outputs=wanted).as_numpy("class").shape == (10,)
 
 
 def test_a_compressed_body_is_415(running: Served) -> None:

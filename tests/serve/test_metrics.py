@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from web_help import FakeEngine, FakeHost, as_lists, ask, expected, mixed, served
+from web_help import FakeEngine, FakeHost, as_lists, ask, expected, mixed, served, until
 
 from offramp.runtime.serve.metrics import UNKNOWN, Metrics
+from offramp.runtime.serve.recording import Recording
 from offramp.runtime.serve.tally import SECONDS, Histogram, Recent
+from offramp.runtime.serve.work import Sample
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -50,7 +53,7 @@ def test_every_event_is_counted_where_it_belongs() -> None:
     metrics.loaded("tiny", 1, 0.25, 1000)
     metrics.evicted("tiny", 1)
     for agrees in (True, True, False):
-        metrics.watched("tiny", 0, agrees)
+        metrics.watched("tiny", 0, agrees, None if agrees else 0.25)
     found = samples(metrics)
     assert value(found, "offramp_requests_total", model="tiny") == 2
     assert value(found, "offramp_rows_total", model="tiny") == 15
@@ -74,6 +77,29 @@ def test_every_event_is_counted_where_it_belongs() -> None:
     assert value(found, "offramp_evictions_total", model="tiny", stage="1") == 1
     assert value(found, "offramp_watched_rows_total", model="tiny", exit="0") == 3
     assert value(found, "offramp_watched_rows_disagree_total", model="tiny", exit="0") == 1
+    assert value(found, "offramp_planned_rows_total", model="tiny", exit="0") == 1
+    assert value(found, "offramp_planned_rows_risk_total", model="tiny", exit="0") == 0.25
+    stats = metrics.stats()["models"]["tiny"]
+    assert (stats["watched"], stats["disagree"], stats["planned"], stats["lost"]) == (3, 1, 1, 0.25)
+
+
+def test_what_is_not_recorded_is_counted(tmp_path: Path) -> None:
+    metrics, _, _ = watching()
+    metrics.unplaced(3)
+    metrics.unplaced(4)
+    assert value(samples(metrics), "offramp_unplaced_rows_total") == 7
+    assert ("offramp_recording_stopped", frozenset()) not in samples(metrics)
+    recording = Recording(tmp_path / "record", rate=1.0, seed=0, limit=1 << 20)
+    metrics.record(recording)
+    share = np.ones(2, np.float32)
+    recording.record(Sample("tiny", "d", {"x": np.zeros(2)}, 0, share, share, 1.0))
+    until(lambda: value(samples(metrics), "offramp_recorded_rows_total") == 1)
+    assert value(samples(metrics), "offramp_recording_stopped") == 0
+    recording.close()
+    recording.record(Sample("tiny", "d", {"x": np.zeros(2)}, 0, share, share, 1.0))
+    found = samples(metrics)
+    assert value(found, "offramp_unrecorded_rows_total") == 1
+    assert value(found, "offramp_recording_stopped") == 1
 
 
 def test_memory_queues_and_promises_are_those_of_the_moment() -> None:
@@ -109,7 +135,7 @@ def test_counts_from_many_threads_lose_nothing() -> None:
         for number in range(300):
             metrics.accepted("tiny", 2)
             metrics.answered("tiny", number % 3, np.full(2, 0.001), False)
-            metrics.watched("tiny", 0, number % 2 == 0)
+            metrics.watched("tiny", 0, number % 2 == 0, None)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:

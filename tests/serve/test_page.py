@@ -46,8 +46,9 @@ def work(running: Served, rows: int) -> None:
     for exit, milliseconds in enumerate((1.0, 4.0, 9.0)):
         metrics.answered("tiny", exit, np.full(rows // (exit + 1), milliseconds / 1e3), False)
         metrics.ran("tiny", exit, rows // (exit + 1), 0.001)
-    metrics.watched("tiny", 0, True)
-    metrics.watched("tiny", 0, False)
+    metrics.watched("tiny", 0, True, 0.0)
+    metrics.watched("tiny", 0, False, 1.0)
+    metrics.watched("tiny", 0, False, None)
 
 
 def shown(browser: webdriver.Chrome, model: str, chart: str, row: int, column: int) -> str:
@@ -70,7 +71,7 @@ def test_the_numbers_are_the_server_s_and_they_move(browser: webdriver.Chrome) -
         assert [row[1:] for row in found["tiny"]["queue"][1:]] == [
             ["0", "1", "600.0"], ["0", "1", "300.0"], ["0", "1", "200.0"],
         ]  # fmt: skip
-        assert found["tiny"]["risk"][1] == ["2", "1", "50.0 %", "1.00 %", "0.87 %"]
+        assert found["tiny"]["risk"][1] == ["3", "2", "50.0 %", "1.00 %", "0.87 %"]
         assert found["other"]["exits"][1][:3] == ["0", "0", "–"]
         work(running, 60)
         running.engine.waiting["tiny", 1] = 17
@@ -80,7 +81,7 @@ def test_the_numbers_are_the_server_s_and_they_move(browser: webdriver.Chrome) -
         found = tables(browser)
         assert [row[1] for row in found["tiny"]["memory"][1:]] == ["1.0 MiB", "out", "3.0 MiB"]
         assert found["tiny"]["queue"][2][1] == "17"
-        assert found["tiny"]["risk"][1][:2] == ["4", "2"]
+        assert found["tiny"]["risk"][1][:2] == ["6", "4"]
         assert "660 rows" in browser.find_element(By.CSS_SELECTOR, "section[data-model=tiny] .line").text
 
 

@@ -76,7 +76,8 @@ def test_sizes(text: str, bytes: int | None) -> None:
 @pytest.mark.parametrize(
     "words",
     [("--port", "70000"), ("--port", "-1"), ("--memory-budget", "much"), ("--record-rate", "1.5"), ("--policy", "best"),
-     ("--idle-seconds", "0"), ("--idle-seconds", "nan"), ("--max-rows", "0"), ("--latency-budget-ms", "-1")],
+     ("--idle-seconds", "0"), ("--idle-seconds", "nan"), ("--max-rows", "0"), ("--max-json-bytes", "0"),
+     ("--latency-budget-ms", "-1")],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(words: tuple[str, ...]) -> None:
     with pytest.raises(argparse.ArgumentError):
@@ -139,10 +140,11 @@ def test_small_messages_are_sent_at_once() -> None:
 
 
 def test_limits_reach_the_server() -> None:
-    words = ("--max-message", "1MiB", "--max-rows", "7", "--max-connections", "3", "--idle-seconds", "2.5")
-    settings = command.settings_of(parsed(*words))
+    words = "--max-message 1MiB --max-json-bytes 3kB --max-rows 7 --max-connections 3 --idle-seconds 2.5"
+    settings = command.settings_of(parsed(*words.split()))
     found = (settings.max_message, settings.max_rows, settings.max_connections, settings.idle_seconds)
     assert found == (1 << 20, 7, 3, 2.5)
+    assert (settings.max_json_bytes, command.settings_of(parsed()).max_json_bytes) == (3000, 4 << 20)
 
 
 def test_the_queue_s_bounds_reach_the_engine(tmp_path: Path) -> None:
@@ -156,18 +158,23 @@ def test_the_queue_s_bounds_reach_the_engine(tmp_path: Path) -> None:
             engine.submit("tiny", batch(40), Asked(), print)
 
 
-@contextlib.contextmanager
-def process(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """-> the process, and its address once it serves."""
+def begun(*words: str) -> subprocess.Popen[str]:
+    """The process."""
     root = Path(offramp.runtime.__file__).parents[2]
     folders = [root, HELP.parents[1] / "runtime", HELP.parent]
-    started = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, str(HELP), *words, "--port", "0"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def process(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """-> the process, and its address once it serves."""
+    started = begun(*words)
     assert started.stdout is not None
     assert started.stderr is not None
     try:
@@ -208,6 +215,26 @@ def test_a_hang_up_reads_every_model_again() -> None:
         started.send_signal(signal.SIGTERM)
         started.communicate(timeout=PATIENCE)
         assert started.returncode == 0
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_models_are_loaded_stops_the_server_once_it_is_there(stop: signal.Signals) -> None:
+    started = begun("tiny=a.offramp", "--seed", str(int(stop)))
+    out, err = started.communicate(timeout=PATIENCE)
+    assert (started.returncode, out, err) == (0, "host closed\n", "")
+
+
+def test_a_hang_up_while_models_are_loaded_reads_them_again() -> None:
+    started = begun("one=a.offramp", "two=c.offramp", "--seed", str(int(signal.SIGHUP)))
+    assert started.stdout is not None
+    missing = {"swapped one\n", "swapped two\n", "serving"}
+    while missing:
+        line = started.stdout.readline()
+        assert line, missing
+        missing -= {line, line.split(" ")[0]}
+    started.terminate()
+    started.communicate(timeout=PATIENCE)
+    assert started.returncode == 0
 
 
 def test_it_says_what_is_served_and_to_whom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -148,7 +150,7 @@ BAD: list[tuple[str | bytes, Any, str, str]] = [
     ('{"id": 9223372036854775808}', None, "input", "id must be"),
     ('{"id": 3, "inputs": [], "tolerence": 1}', 3, "input", "unknown field 'tolerence'"),
     ('{"id": 3, "inputs": []}', 3, "input", "inputs is a list; give an object"),
-    ('{"id": 3, "inputs": {"x": [[1, 2]], "y": []}}', 3, "input", "missing: side"),
+    ('{"id": 3, "inputs": {"x": [[1, 2]], "y": []}}', 3, "input", "missing: 'side'"),
     ('{"id": 3, "inputs": {"x": 1, "side": []}}', 3, "input", "input 'x' is a int; give a list"),
     ('{"id": 3, "inputs": {"x": {"a": 1}, "side": []}}', 3, "input", "give a list"),
     (json.dumps({"id": 3, "inputs": {"x": [[1, 2]], "side": [[1, 2, 3]]}}), 3, "input", "shape (1, 2)"),
@@ -166,6 +168,13 @@ BAD: list[tuple[str | bytes, Any, str, str]] = [
         "input",
         "has 0 bytes",
     ),
+    (
+        framed({"id": 3, "inputs": [{"name": "x", "dtype": "float64", "shape": [0, 2147483647, 1073741823]}]}),
+        3,
+        "input",
+        "give sizes from 0 up",
+    ),
+    (json.dumps({"id": 3, "inputs": {**as_lists(batch(1)), "\ud800": []}}), 3, "input", r"unknown: '\ud800'"),
     (framed({"id": 3, "inputs": [{"name": "x", "dtype": "float32"}]}), 3, "input", "shape of input 'x'"),
     (framed({"id": 3, "inputs": {"x": []}}), 3, "input", "inputs is a dict"),
     (binary({**batch(1), "x": np.zeros((1, 6))}, id=3), 3, "input", "is float64, the model takes float32"),
@@ -207,6 +216,17 @@ def test_any_bytes_cost_only_their_own_error(running: Served, data: st.DataObjec
         assert len(rest) <= 4
 
 
+def test_too_much_json_is_refused_unread_and_goes_in_binary() -> None:
+    arrays = batch(100)
+    with served(Settings(max_json_bytes=1000)) as running, opened(running) as socket:
+        for message in ("[" * 1001, '"' + "é" * 500, json.dumps({"inputs": as_lists(arrays)}), framed(b"{" * 1001)):
+            socket.send(message)
+            found = read(socket)["error"]
+            assert (found["kind"], "--max-json-bytes" in found["message"]) == ("input", True)
+        send(socket, arrays, "binary")
+        check([read(socket) for _ in range(100)], arrays)
+
+
 def test_the_engine_s_refusal_is_told_with_the_batch_s_id(running: Served) -> None:
     with opened(running) as socket:
         running.engine.refuses = BusyError("tiny has no room; try again")
@@ -215,6 +235,20 @@ def test_the_engine_s_refusal_is_told_with_the_batch_s_id(running: Served) -> No
         running.engine.refuses = None
         send(socket, batch(1), "text", id="room")
         assert read(socket)["id"] == "room"
+
+
+def test_what_nobody_foresaw_costs_only_its_own_message(running: Served, caplog: pytest.LogCaptureFixture) -> None:
+    running.engine.go.clear()
+    with opened(running) as socket:
+        send(socket, batch(2), "text", id="before")
+        until(lambda: len(running.engine.seen[-1][1]["x"]) == 2 and not running.engine.tickets[-1].cancelled.is_set())
+        running.engine.refuses = ValueError("nobody foresaw this")  # type: ignore[assignment]
+        send(socket, batch(1), "text", id="bad")
+        found = read(socket)
+        running.engine.go.set()
+        check([read(socket), read(socket)], batch(2))
+    assert (found["id"], found["error"]["kind"]) == ("bad", "server")
+    assert "nobody foresaw this" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["text", "binary"])
@@ -329,6 +363,81 @@ def test_what_was_accepted_is_answered_before_the_server_stops() -> None:
             assert error.value.rcvd is not None
             assert error.value.rcvd.code == 1012
         stopping.join(PATIENCE)
+
+
+def test_sockets_that_go_on_asking_do_not_keep_the_server_alive() -> None:
+    """Each sends what is refused and reads the refusals, so that something always waits to be sent."""
+    payload = b'{"id": 1}'
+    frames = (b"\x81" + bytes([0x80 | len(payload)]) + b"\0\0\0\0" + payload) * 1000
+
+    def ask(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock.sendall(frames)
+
+    def listen(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while sock.recv(1 << 16):
+                pass
+
+    with served(Settings(send_seconds=0.5)) as running, contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(raw(running)) for _ in range(4)]
+        threads = [threading.Thread(target=each, args=(sock,)) for sock in socks for each in (ask, listen)]
+        for thread in threads:
+            thread.start()
+        running.stop()
+        for thread in threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
+def raw(running: Served) -> socket.socket:
+    """A stream's socket after the handshake, for a client faster than any library."""
+    sock = socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE)
+    sock.sendall(
+        b"GET /v1/models/tiny/stream HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    assert sock.recv(1 << 12).startswith(b"HTTP/1.1 101 ")
+    return sock
+
+
+def test_a_reader_that_is_just_fast_enough_does_not_keep_the_server_alive() -> None:
+    with served(Settings(send_seconds=1, max_rows=500)) as running:
+        running.engine.classes = 100_000
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        sock.connect(("127.0.0.1", running.port))
+        with opened(running, sock=sock, max_queue=1, close_timeout=0.1, max_size=None) as slow:
+            send(slow, batch(300), "binary")
+            read(slow)
+            stopping = threading.Thread(target=running.stop)
+            stopping.start()
+            with contextlib.suppress(ConnectionClosed):
+                while stopping.is_alive():
+                    read(slow)
+                    time.sleep(0.2)
+            stopping.join(PATIENCE)
+            assert not stopping.is_alive()
+            sock.close()
+
+
+def test_a_second_interrupt_waits_for_nobody() -> None:
+    with served() as running:
+        running.engine.go.clear()
+        with opened(running) as sock:
+            send(sock, batch(3), "text")
+            until(lambda: len(running.engine.tickets) == 1)
+            stopping = threading.Thread(target=running.stop)
+            stopping.start()
+            until(lambda: running.engine.closed == 30.0)
+            assert not running.engine.go.wait(0.3), "what was accepted is waited for"
+            running.force()
+            with pytest.raises(ConnectionClosed):
+                sock.recv(timeout=PATIENCE)
+        stopping.join(PATIENCE)
+        assert not stopping.is_alive()
+        assert running.engine.closed == 0.0
 
 
 def test_many_sockets_at_once_and_some_that_misbehave(running: Served) -> None:

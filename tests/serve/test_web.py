@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import importlib.metadata
 import json
 import socket
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tiny import batch
@@ -114,6 +118,33 @@ def test_the_next_connection_is_turned_away_and_let_in_later() -> None:
             until(lambda: ask(running, "/v2").status == 200)
 
 
+def test_who_connects_and_says_nothing_locks_nobody_out() -> None:
+    with served(Settings(max_connections=2)) as running, contextlib.ExitStack() as stack:
+        kept = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE)
+        kept.request("GET", "/v2")
+        assert kept.getresponse().read()
+        place = ("127.0.0.1", running.port)
+        silent = [stack.enter_context(socket.create_connection(place)) for _ in range(100)]
+        assert ask(running, "/v2/health/live").status == 200
+        assert ask(running, "/v2").status == 200
+        assert all(ended(sock) for sock in silent[:70]), "the oldest make room"
+        silent[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent[-1].recv(1)
+        kept.request("GET", "/v2")
+        assert kept.getresponse().status == 200, "it has asked something once, so others go before it"
+        kept.close()
+
+
+def test_a_server_full_of_sockets_that_asked_still_listens() -> None:
+    with served(Settings(max_connections=2)) as running, contextlib.ExitStack() as stack:
+        for _ in range(60):
+            connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE)
+            stack.callback(connection.close)
+            connection.request("GET", "/v2/health/live")
+            assert connection.getresponse().read() == b'{"live":true}'
+
+
 def ended(sock: socket.socket) -> bool:
     """The other side hung up, within the time a test waits."""
     sock.settimeout(PATIENCE)
@@ -197,6 +228,14 @@ def test_what_is_served_is_listed(local: Served) -> None:
     assert (tiny["tolerance"], tiny["tolerances"]) == (0.01, [0.001, 0.01])
     assert [(s["stage"], s["loaded"]) for s in tiny["segments"]] == [(0, True), (1, True), (2, False)]
     assert tiny["digest"] == local.host.models["tiny"].digest
+
+
+def test_uvicorn_is_the_one_that_the_guard_was_written_for() -> None:
+    """It builds on classes that uvicorn promises nothing about."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    [line] = [line for line in project["optional-dependencies"]["serve"] if line.startswith("uvicorn")]
+    major, minor = importlib.metadata.version("uvicorn").split(".")[:2]
+    assert line == f"uvicorn>={major}.{minor},<{major}.{int(minor) + 1}"
 
 
 def test_a_server_that_stops_is_not_ready() -> None:

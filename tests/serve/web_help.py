@@ -159,6 +159,10 @@ class FakeEngine:
 
     def close(self, patience: float) -> None:
         self.closed = patience
+        if not patience:
+            for ticket in self.tickets:
+                ticket.cancel()
+            self.go.set()
         for thread in self._threads:
             thread.join(PATIENCE)
 
@@ -172,6 +176,7 @@ class Served:
     host: FakeHost
     observer: Metrics
     stop: Callable[[], None]
+    force: Callable[[], None]  # as a second interrupt does
 
     @property
     def place(self) -> str:
@@ -199,9 +204,12 @@ def served(settings: Settings | None = None, *names: str) -> Iterator[Served]:
         thread.join(PATIENCE)
         assert not thread.is_alive()
 
+    def force() -> None:
+        running.force_exit = True
+
     try:
         assert ready.wait(PATIENCE)
-        yield Served(number, engine, host, observer, stop)
+        yield Served(number, engine, host, observer, stop, force)
     finally:
         engine.go.set()
         stop()
