@@ -201,6 +201,7 @@ class ModelHost:
         """The first part of a version, where there is room. Raises what its loading ends in."""
         self._shelf.add(version.parts)
         first = version.parts[0]
+        self._shelf.check(first)
         if not self._shelf.fits(first):
             return
         again = True

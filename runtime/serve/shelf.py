@@ -145,6 +145,11 @@ class Shelf:
         with self.lock:
             return self._used() + part.expected <= self._budget
 
+    def check(self, part: Part) -> None:
+        """Raises `StorageError` for a part whose files alone are larger than the budget."""
+        if part.file_bytes > self._budget:
+            raise self._too_large(part)
+
     def doubts(self, part: Part) -> bool:
         """Whether all that was measured of a part is larger than the budget, but too little was."""
         with self.lock:
