@@ -272,6 +272,13 @@ def test_a_swap_that_fails_changes_nothing(path: Path) -> None:
     host.close()
 
 
+def test_a_first_stage_whose_file_alone_exceeds_the_budget_is_refused_at_the_start(paths: dict[str, str]) -> None:
+    loads = Loads([10, 20, 30])
+    with pytest.raises(StorageError, match=r"a: stage 0 takes .* the budget for all models is 0\.00 MiB"):
+        ModelHost(paths, budget=100, load=loads)
+    assert not loads.calls
+
+
 def test_a_swap_makes_room_in_a_full_budget(path: Path) -> None:
     host = ModelHost({"a": str(path)}, budget=30 * K, load=Loads([10, 10, 10]))
     settled(host)
