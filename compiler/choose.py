@@ -16,6 +16,7 @@ from offramp.runtime.selection import (
     evidence,
     select,
 )
+from offramp.runtime.selection.policies import left_over
 
 from .distill import Head
 from .package import Options
@@ -29,6 +30,7 @@ def choose_exits(
     """The exits of the policy asked for, the certificate if it gives one, and how many sets of exits the certification
     rows decided between."""
     if options.tolerance == 0 and options.policy != CERTIFIED:  # that no selection row disagreed promises nothing
+        left_over(recorded["select"], 0.0)  # raises where lower precision alone changes answers
         return Selection((), (), options.policy, 0.0, float(price.reach[-1]), 0.0), None, 1
     if options.policy != CERTIFIED:
         return select(options.policy, recorded["select"], price, options.tolerance), None, 1

@@ -32,6 +32,7 @@ from typing import IO, Any, TypeVar
 from .engine import ModelBytes
 from .errors import ArtifactError, StorageError, UsageError
 from .manifest import MANIFEST_NAME, FileSpec, Manifest, dump_manifest, parse_manifest
+from .paths import folder_at
 from .renaming import exchange
 
 EXTERNAL = ".data"  # behind a model's name: the file of weights too large for the model's own
@@ -154,14 +155,12 @@ def check_output(target: Path) -> None:
 
     Only the names are taken from the old manifest, however old or damaged it is.
     """
-    try:
-        if not target.exists():
-            return
-        if not target.is_dir():
-            raise UsageError(f"{target}: exists and is not an artifact directory; choose another output or remove it")
-        present = {p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir()}
-    except OSError as error:
-        raise StorageError(f"{target}: cannot be looked at ({error.strerror}); choose another output") from error
+    folder = folder_at(target)
+    if folder is None:
+        return
+    if not folder:
+        raise UsageError(f"{target}: exists and is not an artifact directory; choose another output or remove it")
+    present = {p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir()}
     if not present:
         return
     strangers = sorted(present - _listed_names(target / MANIFEST_NAME))

@@ -23,7 +23,8 @@ import numpy as np
 from .artifact import Artifact, open_artifact
 from .data import Rows, batches, open_data
 from .errors import StorageError, UsageError
-from .manifest import dump_manifest
+from .manifest import Manifest, dump_manifest
+from .paths import folder_at
 from .session import Session, load
 from .table import human, percent, render
 from .trace import read_passes, summary, write_passes
@@ -155,22 +156,22 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     out = Path(args.output)
-    try:
-        misplaced = out.is_dir() or not out.parent.is_dir()
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be looked at ({error.strerror}); choose another file") from error
-    if misplaced:
+    if folder_at(out) or not folder_at(out.parent):
         raise UsageError(f"{out}: is a folder or lies in none; give a file name in a folder that exists")
     providers = args.providers.split(",") if args.providers else None
     with load(args.artifact, providers=providers, threads=args.threads, tolerance=args.tolerance) as session:
-        folder = Path(args.data).is_dir()
-        preprocessing = args.preprocess or (session.manifest.preprocessing if folder else None)
-        rows = open_data(args.data, inputs=session.inputs, preprocessing=preprocessing, labels=args.labels)
+        rows = _rows_for(session.manifest, args.data, args.preprocess, args.labels)
         arrays, seconds = _answer(session, rows, args.batch)
         write_arrays(out, arrays)
         _say(_report(arrays, rows.labels, session.exits, seconds))
     _say(f"answers in {out}")
     return 0
+
+
+def _rows_for(manifest: Manifest, data: str, preprocess: str | None = None, labels: str | None = None) -> Rows:
+    """A folder of images becomes rows as where the artifact was compiled, unless said otherwise."""
+    preprocessing = preprocess or (manifest.preprocessing if folder_at(Path(data)) else None)
+    return open_data(data, inputs=manifest.inputs, preprocessing=preprocessing, labels=labels)
 
 
 def _answer(session: Session, rows: Rows, size: int) -> tuple[dict[str, np.ndarray], float]:
@@ -233,10 +234,8 @@ def _configure_tune(parser: argparse.ArgumentParser) -> None:
 def _tune(args: argparse.Namespace) -> int:
     rows = None
     if args.data is not None:
-        manifest = open_artifact(args.artifact).manifest
-        preprocessing = manifest.preprocessing if Path(args.data).is_dir() else None
-        data = open_data(args.data, inputs=manifest.inputs, preprocessing=preprocessing)
-        rows = data.take(np.arange(args.batch) % len(data))
+        data = _rows_for(open_artifact(args.artifact).manifest, args.data)
+        rows = data.take(np.arange(min(args.batch, len(data))))
     objective = Objective(args.batch, args.percentile)
     made = tune(
         args.artifact, args.output, objective=objective, threads=args.threads, tolerance=args.tolerance, rows=rows,

@@ -24,6 +24,7 @@ from .errors import InputError, OfframpError, UsageError
 from .images import ImageRows, open_images
 from .inputs import check_arrays, check_finite, name_arrays
 from .manifest import TensorSpec
+from .paths import folder_at
 from .reference import is_reference, load_reference
 
 UNNAMED = "input"  # what a single input is called until the model says
@@ -96,29 +97,21 @@ def open_data(
     of their names.
     """
     text, path = str(spec), Path(spec)
-    folder = _kind_of(path) is True
+    there = folder_at(path)
     if labels not in (None, "folders"):
         raise UsageError(f"labels is {labels!r}; give 'folders' or leave it out")
-    if (preprocessing is not None or labels is not None) and not folder:
+    if (preprocessing is not None or labels is not None) and not there:
         raise UsageError(f"{text}: preprocessing and labels from folders are for folders of images; leave them out")
     rows: Rows
-    if folder:
+    if there:
         rows = open_images(path, preprocessing, UNNAMED, labels)
     elif is_reference(text):
         rows = _from_callable(text)
-    elif _kind_of(path) is None:
+    elif there is None:
         raise InputError(f"{text}: does not exist; give a .npy, an .npz, a folder of images or package.module:name")
     else:
         rows = _from_file(path, inputs)
     return rows if inputs is None else fit_rows(rows, inputs)
-
-
-def _kind_of(path: Path) -> bool | None:
-    """Whether it is a folder; None: it is not there. Raises `InputError` where looking is not allowed."""
-    try:
-        return path.is_dir() if path.exists() else None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be looked at ({error.strerror}); check its folder's permissions") from error
 
 
 def fit_rows(rows: Rows, inputs: Sequence[TensorSpec]) -> Rows:
@@ -169,13 +162,14 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         held = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError:  # an array without rows cannot be mapped
         held = np.load(path, allow_pickle=False)
-    if isinstance(held, np.ndarray):
+    single = isinstance(held, np.ndarray)
+    if single:
         arrays: dict[str, Any] = {UNNAMED: held}
     else:
         with held:
             arrays = {name: held[name] for name in held.files}
-    if isinstance(held, np.ndarray) == (path.suffix == ".npz"):
-        raise ValueError(f"it is a .{'npy' if isinstance(held, np.ndarray) else 'npz'} under another name")
+    if single == (path.suffix == ".npz"):
+        raise ValueError(f"it is a .{'npy' if single else 'npz'} under another name")
     if strangers := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
         raise ValueError(f"{strangers[0]!r} in it is no array")
     return arrays

@@ -76,7 +76,7 @@ class Answers:
 
     def __init__(self, rows: int, classes: int) -> None:
         """`classes` as the manifest says; the version that answers may be a newer one, with others."""
-        self.probabilities = np.empty((rows, classes), np.float32)
+        self.probabilities = np.empty((0, classes), np.float32)  # until the first rows come
         self.exits = np.empty(rows, np.int64)
         self.confidence = np.empty(rows, np.float32)
         self.short = 0
@@ -200,11 +200,12 @@ class Infer:
             of = identifier(header.get("id"), "id")
             batch = _batch(header, tensors, manifest.inputs, self._settings.max_rows)
             options = asked({key: _parameters(header).get(key) for key in _ASKED})
-            _room_to_answer(wanted, len(next(iter(batch.values()))), manifest.classes, self._settings.max_json_bytes)
+            rows = len(next(iter(batch.values())))
+            _room_to_answer(wanted, rows, manifest.classes, self._settings.max_json_bytes)
         except InputError:
             self._observer.refused(name, 0, "input")
             raise
-        answers = Answers(len(next(iter(batch.values()))), manifest.classes)
+        answers = Answers(rows, manifest.classes)
         ticket = self._submit(name, batch, options, answers)
         try:
             # The engine took the newest version: this one, if it was that before and still is.

@@ -126,7 +126,9 @@ class Metrics(Collector):
             families = [*_of_models(self._models), *_of_exits(self._models), *_of_stages(self._models)]
             unplaced = self._unplaced
         yield from families
-        yield _plain_counter("offramp_unplaced_rows", "Rows not watched, for all places were taken", unplaced)
+        yield CounterMetricFamily(
+            "offramp_unplaced_rows", "Rows not watched, for all places were taken", value=unplaced
+        )
         yield from _of_recording(self._recording)
         yield from self._of_the_moment()
 
@@ -180,17 +182,15 @@ def _manifest(host: Host, name: str) -> Manifest:
         return hosted.manifest
 
 
-def _plain_counter(name: str, says: str, count: int) -> Metric:
-    return CounterMetricFamily(name, says, value=count)
-
-
 def _of_recording(recording: Recording | None) -> Iterator[Metric]:
     """Nothing where nothing is to be recorded."""
     if recording is None:
         return
     counts = recording.counts()
-    yield _plain_counter("offramp_recorded_rows", "Rows written to the record", counts.recorded)
-    yield _plain_counter("offramp_unrecorded_rows", "Watched rows that were not, see the log", counts.dropped)
+    yield CounterMetricFamily("offramp_recorded_rows", "Rows written to the record", value=counts.recorded)
+    yield CounterMetricFamily(
+        "offramp_unrecorded_rows", "Watched rows that were not, see the log", value=counts.dropped
+    )
     yield GaugeMetricFamily(
         "offramp_recording_stopped", "1: nothing is recorded any more, the log says why", value=float(recording.stopped)
     )

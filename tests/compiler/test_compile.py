@@ -18,7 +18,7 @@ from offramp.compiler.demo import Digits
 from offramp.runtime import load, open_artifact
 from offramp.runtime.artifact import write_artifact
 from offramp.runtime.data import ArrayRows
-from offramp.runtime.errors import InputError, ModelError, UsageError
+from offramp.runtime.errors import InputError, ModelError, ToleranceError, UsageError
 
 CHAIN_ROWS = np.random.default_rng(0).standard_normal((400, 6)).astype(np.float32)
 
@@ -234,5 +234,9 @@ def test_a_tolerance_of_none_is_the_backbone_whatever_the_policy(policy: str) ->
     agrees = np.ones((50, 2), bool)  # on these rows nothing speaks against leaving at once
     kept = Records(np.full((50, 2), 0.9, np.float32), agrees)
     costs = Costs(np.array([0.2, 0.3, 0.5]), np.array([0.01, 0.01]))
-    chosen, *_ = choose_exits({"select": kept, "certify": kept}, costs, Options(tolerance=0.0, policy=policy))
+    options = Options(tolerance=0.0, policy=policy)
+    chosen, *_ = choose_exits({"select": kept, "certify": kept}, costs, options)
     assert chosen.chosen == ()
+    coarse = replace(kept, final=np.arange(50) == 7, final_regret=np.zeros(50, np.float32))
+    with pytest.raises(ToleranceError, match=r"lower precision alone changes 2\.00% of the answers"):
+        choose_exits({"select": coarse, "certify": coarse}, costs, options)

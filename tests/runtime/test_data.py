@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from offramp.runtime import ArrayRows, InputError, Rows, TensorSpec, UsageError, batches, fit_rows, open_data
+from offramp.runtime.errors import StorageError
 from offramp.runtime.images import Preprocessing, parse_preprocessing
 
 X = (TensorSpec("x", "float32", ("batch", 4)),)
@@ -359,5 +360,5 @@ def test_a_folder_that_may_not_be_looked_into_is_refused(monkeypatch: pytest.Mon
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "exists", forbidden)
-    with pytest.raises(InputError, match="cannot be looked at"):
+    with pytest.raises(StorageError, match="cannot be looked at"):
         open_data("/secret/rows.npy", inputs=None)
