@@ -208,6 +208,13 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
         help="of distillation (default %(default)s)",
     )
     parser.add_argument(
+        "--patience",
+        type=positive,
+        default=Training.patience,
+        metavar="N",
+        help="epochs without a lower loss on the calibration rows after which a head stops (default: a third of all)",
+    )
+    parser.add_argument(
         "--augment", type=_augmentation, metavar="NAME",
         help=f"what distillation adds to the data: {', '.join(AUGMENTATIONS)}, or package.module:function that takes "
         "tensors by input name and a generator (default: flip-shift-mix for colour images, else none)",
@@ -280,7 +287,13 @@ def _run_compile(args: argparse.Namespace) -> int:
         seed=args.seed,
         targets=tuple(dict.fromkeys(args.target)) if args.target else None,
         precision=args.precision,
-        training=Training(epochs=args.epochs, augment=args.augment, device=args.device, kept_bytes=args.disk_budget),
+        training=Training(
+            epochs=args.epochs,
+            patience=args.patience,
+            augment=args.augment,
+            device=args.device,
+            kept_bytes=args.disk_budget,
+        ),
         search=Search(
             engine=args.search,
             trials=args.trials,

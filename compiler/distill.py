@@ -2,7 +2,7 @@
 
 Each batch goes through the frozen backbone once, and the heads of all candidates learn from the values it passes
 (see `stream`). The loss is KL(backbone || head) on the backbone's probabilities; of all epochs each head keeps the
-weights with the least loss on rows it does not learn from.
+weights with the least loss on rows it does not learn from, and stops once that has not fallen for a while.
 
 Training interrupted after an epoch goes on from its checkpoint to the very same weights.
 """
@@ -25,7 +25,7 @@ from offramp.runtime.data import Rows
 
 from .augment import find_augmentation, identity_of
 from .checkpoint import load_state, make_folder, save_state
-from .heads import HeadConfig, Shape, build_head, default_head
+from .heads import HeadConfig, Shape, build_head, default_head, find_family
 from .kept import Kept
 from .learner import Learner, divergence
 from .progress import bar
@@ -92,6 +92,9 @@ def distil(
         if start:
             report(f"resuming after epoch {start} of {training.epochs}")
         for epoch in range(start, training.epochs):
+            if not trainer.live():
+                report(f"no head's loss fell any more: stopped after epoch {epoch} of {training.epochs}")
+                break
             trainer.learn_epoch(epoch)
             trainer.keep_best()
             trainer.save(folder / CHECKPOINT, epoch + 1)
@@ -123,15 +126,20 @@ class _Trainer:
             for index, c in enumerate(candidates)
         ]  # fmt: skip
 
+    def live(self) -> dict[int, Learner]:
+        """Those that still learn, by the position of their candidate."""
+        return {index: learner for index, learner in enumerate(self.learners) if not learner.stopped}
+
     def learn_epoch(self, epoch: int) -> None:
-        for learner in self.learners:
+        live = self.live()
+        for learner in live.values():
             learner.module.train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix(self.stream.seed, epoch + 2_000_003))
-            what = f"distil epoch {epoch + 1}/{self.training.epochs}"
+            what = f"distil epoch {epoch + 1}/{self.training.epochs}, {len(live)} heads"
             for observed in bar(self._observed(epoch), what, self.batches):
-                for learner, value in zip(self.learners, observed.values, strict=True):
-                    learner.learn(observed.target, value)
+                for index, learner in live.items():
+                    learner.learn(observed.target, observed.values[index])
                 observed.values.clear()
 
     def _observed(self, epoch: int) -> Iterator[Observed]:
@@ -141,14 +149,16 @@ class _Trainer:
 
     def keep_best(self) -> None:
         """Measure every head on the validation rows; keep the weights of those that improved."""
-        losses = mean_losses(self.learners, self.kept.plain("validate", self.validate))
-        for learner, loss in zip(self.learners, losses, strict=True):
+        live = self.live()
+        losses = mean_losses(live, self.kept.plain("validate", self.validate))
+        for learner, loss in zip(live.values(), losses, strict=True):
             learner.judge(loss)
 
     def heads(self) -> tuple[Head, ...]:
+        configs = [self.configs[candidate.name] for candidate in self.stream.candidates]
         return tuple(
-            Head(candidate, self.configs[candidate.name], learner.finished(), learner.loss)
-            for candidate, learner in zip(self.stream.candidates, self.learners, strict=True)
+            Head(candidate, config, find_family(config.family).finish(learner.finished()), learner.loss)
+            for candidate, learner, config in zip(self.stream.candidates, self.learners, configs, strict=True)
         )
 
     def fingerprint(self) -> str:
@@ -199,15 +209,18 @@ def fresh_head(config: HeadConfig, shape: Shape, classes: int, seed: int) -> nn.
         return build_head(config, shape, classes)
 
 
-def mean_losses(learners: Sequence[Learner], observed: Iterable[Observed]) -> list[float]:
-    """KL in nats of every learner's head, in order of the values, over all rows; heads are left in evaluation mode."""
-    for learner in learners:
+def mean_losses(learners: Mapping[int, Learner], observed: Iterable[Observed]) -> list[float]:
+    """KL in nats over all rows of the heads of some learners, by the position of the value each reads.
+
+    Heads are left in evaluation mode.
+    """
+    for learner in learners.values():
         learner.module.eval()
     total, rows = torch.zeros(len(learners), dtype=torch.float64), 0
     with torch.no_grad():
         for batch in observed:
             rows += len(batch.target)
-            for index, (learner, value) in enumerate(zip(learners, batch.values, strict=True)):
-                total[index] += float(divergence(batch.target, learner.module(value)).sum())
+            for place, (index, learner) in enumerate(learners.items()):
+                total[place] += float(divergence(batch.target, learner.module(batch.values[index])).sum())
             batch.values.clear()
     return list((total / rows).tolist())

@@ -23,17 +23,19 @@ class Learner:
     """Trains one head on a stream of `(target [B, K], value [B, ...])` for `steps` steps.
 
     AdamW under a cosine schedule behind a warm-up; float32, but on CUDA under autocast to bfloat16. Of all weights it
-    was told to `judge`, it keeps those with the least loss.
+    was told to `judge`, it keeps those with the least loss, and after so many judgements in a row without a lower one
+    as the training waits for it is `stopped`.
     """
 
     def __init__(self, module: nn.Module, steps: int, learning_rate: float, training: Training) -> None:
         lay_out(module, LAYOUT)
         self.module = module.to(training.device)
-        self.kind, self.soften = torch.device(training.device).type, training.soften
+        self.kind, self.soften, self.waits = torch.device(training.device).type, training.soften, training.waits
         self.steps = max(1, steps)
         self.optimiser = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=training.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
         self.loss = math.inf  # KL in nats, the least so far
+        self.waited = 0  # judgements since then
         self._best = self._weights()
 
     def _rate(self, step: int) -> float:
@@ -57,8 +59,14 @@ class Learner:
 
     def judge(self, loss: float) -> None:
         """Told the loss of the present weights on rows it does not learn from, keep them if they are the best."""
+        self.waited += 1
         if loss < self.loss:
-            self.loss, self._best = loss, self._weights()
+            self.loss, self._best, self.waited = loss, self._weights(), 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it is not worth more steps."""
+        return self.waited >= self.waits
 
     def finished(self) -> nn.Module:
         """The head with its best weights, frozen, in evaluation mode."""
@@ -77,6 +85,7 @@ class Learner:
             "schedule": self.schedule.state_dict(),
             "best": self._best,
             "loss": self.loss,
+            "waited": self.waited,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -90,7 +99,7 @@ class Learner:
                 "ends in .work or is what --work names, to train them anew"
             ) from error
         self.schedule.load_state_dict(state["schedule"])
-        self._best, self.loss = state["best"], state["loss"]
+        self._best, self.loss, self.waited = state["best"], state["loss"], state["waited"]
 
 
 def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

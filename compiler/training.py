@@ -18,6 +18,7 @@ class Training:
     """How heads are trained."""
 
     epochs: int = 30
+    patience: int | None = None  # epochs without a lower loss after which a head stops; None: a third of all
     batch: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
@@ -29,6 +30,8 @@ class Training:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 2:
             raise UsageError(f"{self.epochs} epochs of batches of {self.batch}: give 1 epoch and batches of 2 or more")
+        if self.patience is not None and self.patience < 1:
+            raise UsageError(f"a patience of {self.patience} epochs; give 1 or more, or None for a third of all")
         if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf):
             raise UsageError(
                 f"learning rate {self.learning_rate}, weight decay {self.weight_decay}: "
@@ -43,6 +46,11 @@ class Training:
             find_augmentation(self.augment, ())
         elif self.augment is not None and not callable(self.augment):
             raise UsageError(f"augmentation {self.augment!r:.80} is neither a name nor a function; give one of them")
+
+    @property
+    def waits(self) -> int:
+        """Epochs without a lower loss after which a head stops."""
+        return -(-self.epochs // 3) if self.patience is None else self.patience
 
 
 def check_device(name: str) -> None:

@@ -14,6 +14,7 @@ from .dense import has_hidden
 from .family import Family, Settings, Shape
 
 _LARGE = 8  # maps with longer sides are halved twice where there are convolutions enough
+_STILL = 1e-3  # variance added to a feature's own, so that one which hardly moved in training cannot shout later
 
 
 class ConvHead(nn.Module):
@@ -23,6 +24,9 @@ class ConvHead(nn.Module):
     "last": after the last one only): next to no compute, and a maximum tells that something is there where a mean
     tells how much of it. With `grid` > 1 it sees the last map's means over `grid` x `grid` parts as well. With
     `hidden` it is two dense layers. `separable` convolutions go depthwise, then pointwise.
+
+    What the dense layers see is normed while they learn, for means and maxima of different maps differ in size by
+    orders; `folded` moves the norm into the first dense layer, where it costs nothing.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class ConvHead(nn.Module):
             self.features.append(nn.Sequential(*parts, nn.BatchNorm2d(width), nn.ReLU()))
         maps = [shape[0], *widths] if self.every else [[shape[0], *widths][-1]]
         seen = 2 * sum(maps) + (maps[-1] * grid * grid if grid > 1 else 0)
+        self.norm: nn.Module = nn.BatchNorm1d(seen, _STILL, affine=False)
         self.hidden = nn.Identity() if hidden is None else nn.Sequential(nn.Linear(seen, hidden), nn.ReLU())
         self.classify = nn.Linear(seen if hidden is None else hidden, classes)
 
@@ -59,8 +64,27 @@ class ConvHead(nn.Module):
                 pooled += _pooled(x)
         if self.grid > 1:
             pooled.append(F.adaptive_avg_pool2d(x, self.grid).flatten(1))
-        logits: torch.Tensor = self.classify(self.hidden(torch.cat(pooled, 1)))
+        logits: torch.Tensor = self.classify(self.hidden(self.norm(torch.cat(pooled, 1))))
         return logits
+
+    def folded(self) -> ConvHead:
+        """In place, once trained: the same head without its norm."""
+        if isinstance(self.norm, nn.BatchNorm1d):
+            dense = self.hidden[0] if isinstance(self.hidden, nn.Sequential) else self.classify
+            assert isinstance(dense, nn.Linear)
+            _fold(self.norm, dense)
+            self.norm = nn.Identity()
+        return self
+
+
+def _fold(norm: nn.BatchNorm1d, dense: nn.Linear) -> None:
+    """In place: `dense` does of [B, D] what it did behind `norm`."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    with torch.no_grad():
+        dense.weight.mul_(torch.rsqrt(variance + norm.eps))
+        dense.bias.sub_(dense.weight @ mean)
 
 
 def _pooled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,6 +161,7 @@ CONV = Family(
     build=lambda shape, classes, settings: ConvHead(shape, classes, **settings),
     default=_default,
     describe=_describe,
+    finish=lambda head: head.folded() if isinstance(head, ConvHead) else head,
     space={
         "convolutions": {"_type": "choice", "_value": [0, 1, 2, 3, 4]},
         "kind": {"_type": "choice", "_value": ["plain", "separable"]},

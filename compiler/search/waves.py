@@ -313,7 +313,8 @@ class _Searcher:
         """What the checkpoint belongs to: everything the search is asked to do."""
         told = (
             asdict(self.search),
-            asdict(replace(self.training, augment=None, epochs=Training.epochs)),  # trials have epochs of their own
+            # Trials have epochs of their own, and none stops early.
+            asdict(replace(self.training, augment=None, epochs=Training.epochs, patience=Training.patience)),
             self.seed,
             self.tolerance,
             sorted(FAMILIES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -108,6 +109,32 @@ def test_a_config_builds_the_same_shapes_again() -> None:
         build_head(HeadConfig("tree"), (8,), 10)
 
 
+@pytest.mark.parametrize("hidden", [None, 5])
+def test_a_trained_head_says_the_same_without_its_norm(hidden: int | None) -> None:
+    torch.manual_seed(0)
+    config = HeadConfig("conv", {"widths": [6], "kernel": 3, "strides": [1], "grid": 2, "hidden": hidden})
+    head = build_head(config, (3, 8, 8), 4)
+    maps = torch.tensor([0.01, 1.0, 100.0]).view(1, 3, 1, 1) * torch.rand(64, 3, 8, 8) + 5
+    for _ in range(30):
+        head(maps)
+    before = head.eval()(maps)
+    after = FAMILIES["conv"].finish(head)
+    torch.testing.assert_close(after(maps), before, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, torch.nn.BatchNorm1d) for module in after.modules())
+    assert torch.equal(FAMILIES["conv"].finish(after)(maps), after(maps)), "once is enough"
+
+
+def test_a_feature_that_never_moved_in_training_cannot_shout() -> None:
+    torch.manual_seed(0)
+    head = build_head(HeadConfig("conv", {"widths": [], "kernel": 1, "strides": []}), (2, 4, 4), 3)
+    for _ in range(200):
+        head(torch.cat([torch.rand(64, 1, 4, 4), torch.zeros(64, 1, 4, 4)], 1))
+    head = FAMILIES["conv"].finish(head.eval())
+    quiet, loud = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4)
+    loud[:, 1] = 0.1
+    assert (head(loud) - head(quiet)).abs().max() < 5
+
+
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_augmentation_follows_its_generator_and_keeps_shapes(name: str) -> None:
     batch = {"image": torch.rand(6, 3, 9, 8), "id": torch.arange(6)}
@@ -194,6 +221,43 @@ def test_heads_learn_and_the_backbone_does_not(
     assert all(after.loss < 0.5 * first.loss for first, after in zip(short, long, strict=True))
     assert backbone.fingerprint() == before
     assert not any(head.module.training for head in long)
+
+
+def test_a_head_stops_when_its_loss_no_longer_falls(
+    backbone: Backbone, candidates: tuple[Candidate, ...], data: ArrayRows, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    wild = replace(TRAINING, epochs=40, learning_rate=0.3, patience=2)
+    said: list[str] = []
+    stopped = trained(backbone, candidates, data, wild, folder=tmp_path / "whole", said=said)
+    ended = re.fullmatch(r"no head's loss fell any more: stopped after epoch (\d+) of 40", said[-1])
+    assert ended is not None
+    assert int(ended.group(1)) < 40
+
+    learned: dict[int, int] = {}
+    learn = Learner.learn
+
+    def counted(self: Learner, target: torch.Tensor, value: torch.Tensor) -> None:
+        learned[id(self)] = learned.get(id(self), 0) + 1
+        learn(self, target, value)
+
+    monkeypatch.setattr(Learner, "learn", counted)
+    rows = Interrupted(data.take(np.arange(300)))
+    rows.left = 40
+    with pytest.raises(KeyboardInterrupt):
+        trained(backbone, candidates, rows, replace(wild, kept_bytes=0), folder=tmp_path / "work")
+    learned.clear()
+    whole = trained(backbone, candidates, data, replace(wild, kept_bytes=0))
+    assert len(learned) == len(candidates)
+    assert len(set(learned.values())) > 1, "each stops on its own"
+    assert same(trained(backbone, candidates, data, replace(wild, kept_bytes=0), folder=tmp_path / "work"), whole)
+    patient = trained(backbone, candidates, data, replace(wild, patience=40))
+    assert all(more.loss <= less.loss for more, less in zip(patient, stopped, strict=True))
+
+
+def test_patience_is_a_third_of_all_epochs_unless_told() -> None:
+    assert [Training(epochs=n).waits for n in (1, 30, 31, 90)] == [1, 10, 11, 30]
+    assert Training(epochs=30, patience=4).waits == 4
 
 
 def test_softened_targets_are_those_of_cooler_logits() -> None:
@@ -337,6 +401,7 @@ def test_a_folder_that_cannot_be_made_is_found_before_training(
         ({"weight_decay": -1.0}, "weight decay -1.0"),
         ({"kept_bytes": -1}, "-1 bytes"),
         ({"soften": 0.5}, "softened by 0.5"),
+        ({"patience": 0}, "a patience of 0 epochs"),
         ({"device": "gpu"}, "device 'gpu' cannot be used here"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ({"augment": "rotate"}, "augmentation 'rotate' is unknown; use one of none, flip-shift"),
