@@ -17,6 +17,7 @@ from offramp.runtime.errors import UsageError
 from offramp.runtime.manifest import StageSpec
 
 from .external import INLINE_LIMIT, ExternalData, checked, model_bytes, model_files, weight_bytes
+from .gate import speechless
 from .metadata import describe_files
 from .single_file import single_file_model
 from .stages import asked_only, backbone_model, stage_models, stage_specs
@@ -96,6 +97,7 @@ def emit(
         describe_files([whole], manifest)
         files.update(checked(whole, WHOLE, external))
     if SEGMENTS in targets:
+        models = [speechless(model, program.backbone.classes) for model in models]
         describe_files(models, manifest, specs)
         for spec, model in zip(specs, models, strict=True):
             files.update(model_files(model, spec.file, limit))

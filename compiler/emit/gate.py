@@ -6,6 +6,10 @@
 
 `ask` is one bool beside the stage's inputs. ONNX Runtime computes every node of a graph, fetched or not, so a plan
 that leaves an exit out could not otherwise save its head.
+
+In the single file what is not said is compared with a threshold all the same, row by row. Between segments nobody
+reads it, and `speechless` makes it an answer of no rows: the four small operators that count rows take a
+hundredth of a small model's time in every stage.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from offramp.runtime.execution import ASK, CONFIDENCE, PROBABILITIES
 
 _ANSWER = (PROBABILITIES, CONFIDENCE)
+_CHOICE = "answer"  # what the `If` is called
 _INNER = "asked"  # what the branches call their outputs: names around them are taken
 
 
@@ -36,9 +41,9 @@ def gated(model: onnx.ModelProto, passed: Sequence[str], classes: int) -> onnx.M
     own = {name for node in head for name in values_read(node)} - needed
     inside = [weight for weight in graph.initializer if weight.name in own]
     outside = [weight for weight in graph.initializer if weight.name not in own]
-    asked = _branch("answer", _renamed(head), inside, classes)
+    asked = _branch(_CHOICE, _renamed(head), inside, classes)
     choice = helper.make_node(
-        "If", [ASK], list(_ANSWER), name="answer", then_branch=asked, else_branch=_silent(passed[0], classes)
+        "If", [ASK], list(_ANSWER), name=_CHOICE, then_branch=asked, else_branch=_silent(passed[0], classes)
     )
     kept = [*segment, choice]
     del graph.node[:], graph.initializer[:]
@@ -46,6 +51,23 @@ def gated(model: onnx.ModelProto, passed: Sequence[str], classes: int) -> onnx.M
     graph.initializer.extend(outside)
     graph.input.append(helper.make_tensor_value_info(ASK, TensorProto.BOOL, []))
     return model
+
+
+def speechless(model: onnx.ModelProto, classes: int) -> onnx.ModelProto:
+    """In place: a stage made by `gated` that answers for no rows where it is not asked."""
+    for node in model.graph.node:
+        if node.name == _CHOICE:
+            (branch,) = (attribute.g for attribute in node.attribute if attribute.name == "else_branch")
+            none = [
+                helper.make_node("Constant", [], [value.name], name=value.name, value=_no_rows(shape))
+                for value, shape in zip(branch.output, ([0, classes], [0]), strict=True)
+            ]
+            branch.CopyFrom(helper.make_graph(none, branch.name, [], list(branch.output)))
+    return model
+
+
+def _no_rows(shape: Sequence[int]) -> onnx.TensorProto:
+    return helper.make_tensor("value", TensorProto.FLOAT, shape, [])
 
 
 def _silent(value: str, classes: int) -> onnx.GraphProto:

@@ -21,6 +21,7 @@ from offramp.runtime.manifest import StageSpec
 from ..progress import bar
 from .external import INLINE_LIMIT, model_bytes, model_files
 from .gate import gated
+from .layout import in_blocks
 from .names import with_places
 from .promises import keep_promises
 from .translate import Example, to_onnx
@@ -70,15 +71,16 @@ def stage_specs(program: ExitProgram) -> tuple[StageSpec, ...]:
     )
 
 
-def stage_models(program: ExitProgram) -> tuple[onnx.ModelProto, ...]:
-    """One ONNX model per stage, its head always asked."""
+def stage_models(program: ExitProgram, *, blocks: bool = True) -> tuple[onnx.ModelProto, ...]:
+    """One ONNX model per stage, its head always asked; `blocks` lays its maps out as float32 convolutions want them."""
     models = []
     specs = stage_specs(program)
     for index, spec in bar(enumerate(specs), "emit", len(specs)):
         stage = Stage(program, index)
         own = "output" if stage.last else f"exits.{index}"
         prefixes = {"": own, "head": f"{own}.head"}
-        stage.segment, places = with_places(keep_promises(stage.segment))
+        segment = in_blocks(stage.segment) if blocks else stage.segment
+        stage.segment, places = with_places(keep_promises(segment))
         prefixes |= _below("segment", places)
         examples = _examples(program.segments[index].graph_module)
         models.append(to_onnx(stage, examples, (*spec.outputs, *ANSWER), prefixes))
