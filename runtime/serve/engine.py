@@ -84,11 +84,11 @@ class BatchingEngine:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, model: str, batch: Batch, asked: Asked, deliver: Deliver) -> Ticket:
+    def submit(self, model: str, batch: Batch, asked: Asked, deliver: Deliver, version: Hosted | None = None) -> Ticket:
         """See `Engine.submit`. The arrays must not be changed before their rows are answered."""
         if self._closing:
             raise self._closed(model, _rows_of(batch))
-        hosted = self._host.hold(model)
+        hosted = self._held(model, version)
         taken = False
         try:
             request, chunk = self._read(model, hosted, batch, asked, deliver)
@@ -116,6 +116,12 @@ class BatchingEngine:
         for thread in self._threads:
             thread.join()
         self._clock.close()
+
+    def _held(self, model: str, version: Hosted | None) -> Hosted:
+        if version is None:
+            return self._host.hold(model)
+        version.hold()
+        return version
 
     def _read(self, model: str, hosted: Hosted, batch: Batch, asked: Asked, deliver: Deliver) -> tuple[Request, Chunk]:
         """Check a batch and what is asked for it; nothing is taken yet."""

@@ -136,16 +136,15 @@ class _Stream:
     def _submit(self, frame: Frame, binary: bool) -> None:
         streams, settings = self._streams, self._settings
         with held(streams.host, self._name) as hosted:
-            inputs = hosted.manifest.inputs
-        try:
-            request = frame.request(inputs, settings.max_rows)
-        except InputError:
-            streams.observer.refused(self._name, 0, "input")
-            raise
-        self._taken += 1
-        number = self._taken
-        deliver = partial(self._deliver, number, frame.id, request.ids, binary)
-        ticket = streams.engine.submit(self._name, request.batch, request.asked, deliver)
+            try:
+                request = frame.request(hosted.manifest.inputs, settings.max_rows)
+            except InputError:
+                streams.observer.refused(self._name, 0, "input")
+                raise
+            self._taken += 1
+            number = self._taken
+            deliver = partial(self._deliver, number, frame.id, request.ids, binary)
+            ticket = streams.engine.submit(self._name, request.batch, request.asked, deliver, hosted)
         # What a thread delivers meanwhile is looked at in the loop's next turn, after this.
         if request.rows:
             self._tickets[number], self._left[number] = ticket, request.rows
