@@ -58,7 +58,8 @@ class BatchingEngine:
         accepted and not answered, and their inputs have at most `queue_bytes` bytes. Rows that left an exit wait for
         company at most `latency_budget` seconds.
 
-        `recorder` chooses rows to run on to the end; at most `watched_rows` are on their way at a time.
+        `recorder` chooses rows to run on to the end; at most `watched_rows` are on their way at a time, and their
+        inputs, which are kept until then, have at most a quarter of `queue_bytes` more. No request is refused for them.
         """
         counts = {"workers": workers, "max_batch": max_batch, "queue_rows": queue_rows, "queue_bytes": queue_bytes}
         for name, count in counts.items():
@@ -72,7 +73,7 @@ class BatchingEngine:
         self._work = threading.Condition(self._lock)  # there is something to run, or the engine stops
         self._idle = threading.Condition(self._lock)  # no row is open
         self._closing = False
-        self._watching = Watching(recorder, self._observer, watched_rows)
+        self._watching = Watching(recorder, self._observer, watched_rows, queue_bytes)
         self._queues = Queues(max_batch, latency_budget)
         self._ledger = Ledger(self._queues, self._watching, self._observer, self._room)
         self._clock = Clock()
@@ -134,7 +135,7 @@ class BatchingEngine:
         row_bytes = sum(array.nbytes for array in arrays.values()) // max(rows, 1)
         self._room.check(rows, row_bytes)
         watched = self._watching.chosen(model, rows)
-        kept = np.flatnonzero(watched)
+        kept = np.flatnonzero(watched)[: self._watching.places(model, row_bytes)]
         keeps = asked.best_effort or asked.deadline is not None
         accepted = time.monotonic()
         request = Request(

@@ -68,7 +68,7 @@ class Ledger:
         lane.open += request.left
         lane.bytes += request.left * request.row_bytes
         lane.stages = max(lane.stages, stages)
-        request.watched = self._watching.reserve(request.watched)
+        self._watching.reserve(request)
         self.requests.add(request)
         self.queues.push(chunk, 0)
 

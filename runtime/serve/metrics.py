@@ -126,9 +126,7 @@ class Metrics(Collector):
             families = [*_of_models(self._models), *_of_exits(self._models), *_of_stages(self._models)]
             unplaced = self._unplaced
         yield from families
-        yield CounterMetricFamily(
-            "offramp_unplaced_rows", "Rows not watched, for all places were taken", value=unplaced
-        )
+        yield CounterMetricFamily("offramp_unplaced_rows", "Rows not watched, for there was no room", value=unplaced)
         yield from _of_recording(self._recording)
         yield from self._of_the_moment()
 

@@ -56,7 +56,7 @@ class Request:
     best_effort: bool
     watched: np.ndarray  # [B] bool: to be recorded
     inputs: Mapping[str, np.ndarray]  # those of the rows in `kept`
-    kept: np.ndarray  # [w] int64, ascending: the rows that were chosen to be watched
+    kept: np.ndarray  # [w] int64, ascending: the rows that are watched, or were
     spoken: Spoken | None  # None: nothing of it is ever asked for
     open: np.ndarray  # [B] bool
     left: int  # open rows
@@ -72,6 +72,12 @@ class Request:
     def wants(self, rows: np.ndarray, exit: int) -> bool:
         """Whether an exit but the last has anything to say to these rows."""
         return self.keeps or bool((self.limits[rows, exit] < np.inf).any())
+
+    def keep(self, rows: int) -> None:
+        """Let go of the inputs kept, those of the first rows apart."""
+        if rows < len(self.kept):
+            self.kept = self.kept[:rows]
+            self.inputs = {name: value[:rows].copy() for name, value in self.inputs.items()}
 
     def row(self, row: int) -> dict[str, np.ndarray]:
         """The inputs of a watched row, without the batch dimension."""

@@ -196,7 +196,7 @@ class Observer(Protocol):
         """
 
     def unplaced(self, rows: int) -> None:
-        """So many more were chosen to be watched, and not, for all places were taken."""
+        """So many more were chosen to be watched, and not, for there was no room for them."""
 
 
 class Silent:
