@@ -104,7 +104,8 @@ class Watching:
 
 def _as_planned(request: Request, spoken: Spoken, rows: np.ndarray) -> np.ndarray:
     """[n] bool: of answered rows [n], those that left where the default plan lets them."""
-    limits, exits = request.limits[rows], spoken.exit[rows]
+    limits = np.broadcast_to(request.limits, (len(request.open), request.limits.shape[-1]))[rows]
+    exits = spoken.exit[rows]
     plain = np.array(request.hosted.manifest.thresholds(None), np.float32)
     passed = np.append(plain, np.float32(-np.inf))[exits]  # the last exit answers whatever its confidence
     planned: np.ndarray = (limits == plain).all(axis=1) & (spoken.confidence[rows] >= passed)
