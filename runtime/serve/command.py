@@ -81,7 +81,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("--queue-rows", type=positive, default=4096, metavar="N", help="rows of a model that may wait (default 4096)")
     add(
         "--queue-bytes", type=byte_size, default=512 << 20, metavar="SIZE",
-        help="of the inputs of a model's rows that wait or run (default 512MiB)",
+        help="of the inputs of a model's rows that wait or run; --record may take a quarter more (default 512MiB)",
     )  # fmt: skip
     add(
         "--latency-budget-ms", type=seconds, default=50.0, metavar="MS",

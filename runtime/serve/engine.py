@@ -14,11 +14,10 @@ without room for all of them, an engine that is closing.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,7 +57,8 @@ class BatchingEngine:
         accepted and not answered, and their inputs have at most `queue_bytes` bytes. Rows that left an exit wait for
         company at most `latency_budget` seconds.
 
-        `recorder` chooses rows to run on to the end; at most `watched_rows` are on their way at a time.
+        `recorder` chooses rows to run on to the end; at most `watched_rows` are on their way at a time, and their
+        inputs, which are kept until then, have at most a quarter of `queue_bytes` more. No request is refused for them.
         """
         counts = {"workers": workers, "max_batch": max_batch, "queue_rows": queue_rows, "queue_bytes": queue_bytes}
         for name, count in counts.items():
@@ -72,10 +72,11 @@ class BatchingEngine:
         self._work = threading.Condition(self._lock)  # there is something to run, or the engine stops
         self._idle = threading.Condition(self._lock)  # no row is open
         self._closing = False
-        self._watching = Watching(recorder, self._observer, watched_rows)
+        self._watching = Watching(recorder, self._observer, watched_rows, queue_bytes)
         self._queues = Queues(max_batch, latency_budget)
         self._ledger = Ledger(self._queues, self._watching, self._observer, self._room)
         self._clock = Clock()
+        self._state = _State(self._lock, self._changes, self._tell)
         host.listen(self._changed)
         self._threads = [
             threading.Thread(target=self._serve, name=f"offramp-worker-{number}", daemon=True)
@@ -84,11 +85,11 @@ class BatchingEngine:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, model: str, batch: Batch, asked: Asked, deliver: Deliver) -> Ticket:
+    def submit(self, model: str, batch: Batch, asked: Asked, deliver: Deliver, version: Hosted | None = None) -> Ticket:
         """See `Engine.submit`. The arrays must not be changed before their rows are answered."""
         if self._closing:
             raise self._closed(model, _rows_of(batch))
-        hosted = self._host.hold(model)
+        hosted = self._held(model, version)
         taken = False
         try:
             request, chunk = self._read(model, hosted, batch, asked, deliver)
@@ -108,7 +109,7 @@ class BatchingEngine:
 
     def close(self, patience: float) -> None:
         """See `Engine.close`. Watched rows that were answered are not waited for."""
-        with self._state():
+        with self._state:
             self._closing = True
             self._idle.wait_for(lambda: not self._ledger.requests, max(0.0, min(patience, threading.TIMEOUT_MAX)))
             self._ledger.abandon(BusyError("the server stopped before these rows were answered; send them again"))
@@ -116,6 +117,12 @@ class BatchingEngine:
         for thread in self._threads:
             thread.join()
         self._clock.close()
+
+    def _held(self, model: str, version: Hosted | None) -> Hosted:
+        if version is None:
+            return self._host.hold(model)
+        version.hold()
+        return version
 
     def _read(self, model: str, hosted: Hosted, batch: Batch, asked: Asked, deliver: Deliver) -> tuple[Request, Chunk]:
         """Check a batch and what is asked for it; nothing is taken yet."""
@@ -128,13 +135,13 @@ class BatchingEngine:
         row_bytes = sum(array.nbytes for array in arrays.values()) // max(rows, 1)
         self._room.check(rows, row_bytes)
         watched = self._watching.chosen(model, rows)
-        kept = np.flatnonzero(watched)
+        kept = watched.nonzero()[0][: self._watching.places(model, row_bytes)]
         keeps = asked.best_effort or asked.deadline is not None
         accepted = time.monotonic()
         request = Request(
             model=model,
             hosted=hosted,
-            limits=np.broadcast_to(limits, (rows, limits.shape[-1])),
+            limits=limits,
             deliver=deliver,
             accepted=accepted,
             keeps=keeps,
@@ -153,7 +160,7 @@ class BatchingEngine:
         """Take all rows or raise `BusyError`; False where there are none to take."""
         model, rows = request.model, request.left
         try:
-            with self._state():
+            with self._state:
                 closing = self._closing
                 if rows and not closing:
                     self._ledger.admit(request, chunk, len(request.hosted.manifest.stages))
@@ -187,10 +194,15 @@ class BatchingEngine:
         except Exception:  # noqa: BLE001  # a worker lost would slow down everybody for good
             _log.exception("a worker failed at stage %d of %s", claim.queue.place.stage, claim.queue.lane.model)
         finally:
-            with self._state():
-                self._queues.done(claim)
-                self._ledger.finish(claim.first)
+            if not claim.over:
+                with self._state:
+                    self._done(claim)
         return True
+
+    def _done(self, claim: Claim) -> None:
+        claim.over = True
+        self._queues.done(claim)
+        self._ledger.finish(claim.first)
 
     def _next(self) -> Claim | None:
         """Wait for rows that can run; None: the engine stops."""
@@ -208,38 +220,47 @@ class BatchingEngine:
         try:
             stage = hosted.take(index)
         except Exception as error:  # noqa: BLE001  # of any kind: who waits for a stage that cannot be had must know
-            with self._state():
+            with self._state:
                 self._ledger.refuse(digest, index, as_ours(error))
             return
         if stage is None:
-            with self._state():
+            with self._state:
                 self._queues.block(digest, index, claim.generation)
                 if self._queues.missing(digest, index):
                     self._ledger.missing(digest, index)
             return
+        chunks: Sequence[Chunk] = ()
         try:
-            with self._state():
+            with self._state:
                 chunks = self._queues.draw(claim)
-            if chunks:
-                self._run(claim, stage, chunks)
+            outcomes, calls = self._run(claim, stage, chunks) if chunks else ([], [])
         finally:
-            hosted.give(index)
+            self._tell(partial(hosted.give, index))
+        with self._state:
+            self._settle_all(claim, outcomes, calls)
+            self._done(claim)
 
-    def _run(self, claim: Claim, stage: Stage, chunks: Sequence[Chunk]) -> None:
-        """Run drawn chunks, and settle each whatever happens."""
-        index, model = claim.queue.place.stage, claim.queue.lane.model
+    def _run(
+        self, claim: Claim, stage: Stage, chunks: Sequence[Chunk]
+    ) -> tuple[Sequence[Outcome], Sequence[tuple[int, float]]]:
+        """Run drawn chunks -> what became of each, whatever happens; and the rows and seconds of every call."""
+        index = claim.queue.place.stage
         last = index == len(claim.first.hosted.manifest.stages) - 1
         calls: list[tuple[int, float]] = []
         try:
-            outcomes = run_joined(stage, index, last, chunks, lambda *call: calls.append(call))
+            return run_joined(stage, index, last, chunks, lambda *call: calls.append(call)), calls
         except Exception as error:  # noqa: BLE001  # drawn rows are in no queue: the last chance to answer them
-            outcomes = [failed(chunk, error) for chunk in chunks]
-        with self._state():
-            if any(chunk.live for chunk in chunks):
-                self._queues.charge(claim.queue, sum(seconds for _, seconds in calls))
-            self._ledger.after.extend(partial(self._observer.ran, model, index, *call) for call in calls)
-            for outcome in outcomes:
-                self._settle(outcome, index, last)
+            return [failed(chunk, error) for chunk in chunks], calls
+
+    def _settle_all(self, claim: Claim, outcomes: Sequence[Outcome], calls: Sequence[tuple[int, float]]) -> None:
+        index, model = claim.queue.place.stage, claim.queue.lane.model
+        last = index == len(claim.first.hosted.manifest.stages) - 1
+        if any(outcome.chunk.live for outcome in outcomes):
+            self._queues.charge(claim.queue, sum(seconds for _, seconds in calls))
+        for outcome in outcomes:
+            self._settle(outcome, index, last)
+        # Last, so that rows are under way to their clients first.
+        self._ledger.after.extend(partial(self._observer.ran, model, index, *call) for call in calls)
 
     def _settle(self, outcome: Outcome, index: int, last: bool) -> None:
         chunk = outcome.chunk
@@ -251,41 +272,29 @@ class BatchingEngine:
             self._ledger.finish(chunk.request)
 
     def _changed(self) -> None:
-        with self._state():
+        with self._state:
             self._queues.changed()
             self._work.notify_all()
 
     def _expire(self, request: Request) -> None:
-        with self._state():
+        with self._state:
             self._ledger.expire(request)
 
     def _cancel(self, request: Request) -> None:
-        with self._state():
+        with self._state:
             self._ledger.cancel(request)
         with request.delivering:  # what is being delivered now ends before the cancel does
             pass
 
-    @contextlib.contextmanager
-    def _state(self) -> Iterator[None]:
-        """The lock, to change what it guards; then, without it, whatever the change has to tell."""
-        after: list[Callable[[], None]] = []
-        try:
-            with self._lock:
-                try:
-                    yield
-                finally:
-                    after, self._ledger.after = self._ledger.after, after
-                    self._notify()
-        finally:
-            for call in after:
-                self._tell(call)
-
-    def _notify(self) -> None:
+    def _changes(self) -> list[Callable[[], None]]:
+        """Wake who waits for what was changed -> what it has to tell."""
+        after, self._ledger.after = self._ledger.after, []
         if self._queues.pushed:
             self._queues.pushed = False
             self._work.notify_all()
         if self._closing and not self._ledger.requests:
             self._idle.notify_all()
+        return after
 
     def _tell(self, call: Callable[[], Any]) -> None:
         """Call a neighbour; what it raises must not reach the rows of others."""
@@ -293,6 +302,31 @@ class BatchingEngine:
             call()
         except Exception:  # noqa: BLE001  # logged; the rows of others come first
             _log.exception("a call that must not raise did")
+
+
+class _State:
+    """The lock, to change what it guards; then, without it, whatever the change has to tell. Entered for every request
+    and several times for every batch, so it is no generator.
+    """
+
+    def __init__(
+        self,
+        lock: threading.Lock,
+        changes: Callable[[], list[Callable[[], None]]],
+        tell: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._lock, self._changes, self._tell = lock, changes, tell
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            after = self._changes()
+        finally:
+            self._lock.release()
+        for call in after:
+            self._tell(call)
 
 
 class _Ticket:

@@ -17,9 +17,10 @@ from ..errors import InputError
 from ..manifest import TensorSpec
 from .work import Asked
 
-DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)), *(
+_NAMES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)), *(
     f"float{bits}" for bits in (16, 32, 64)
 ))  # fmt: skip
+DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _NAMES}
 _LONGEST_ID = 128  # an id comes back with every row, so a long one would be multiplied
 _MOST_DIMENSIONS = 32
 _LARGEST = 1 << 60  # elements; numpy counts bytes in 63 bits, also of an array without any, and 8 to an element
@@ -113,8 +114,15 @@ def _number(value: Any, what: str) -> float:
 def shape_of(value: Any, what: str) -> tuple[int, ...]:
     """Sizes from 0 up, the batch first."""
     sizes = sequence(value, what)
-    fits = 1 <= len(sizes) <= _MOST_DIMENSIONS and all(type(n) is int and 0 <= n < 1 << 31 for n in sizes)
-    if not fits or math.prod(max(n, 1) for n in sizes) >= _LARGEST:
+    fits = 1 <= len(sizes) <= _MOST_DIMENSIONS
+    elements = 1
+    for n in sizes if fits else ():
+        if type(n) is int and 0 <= n < 1 << 31:
+            elements *= n or 1
+        else:
+            fits = False
+            break
+    if not fits or elements >= _LARGEST:
         raise InputError(f"{what} is {sizes!r:.80}; give sizes from 0 up, the number of rows first")
     return tuple(sizes)
 
@@ -151,20 +159,22 @@ def _check_range(found: np.ndarray, spec: TensorSpec) -> None:
 
 def from_bytes(raw: memoryview, dtype: str, shape: tuple[int, ...], name: str) -> np.ndarray:
     """Little-endian elements in row-major order -> an array; the bytes must be exactly those of the shape."""
-    if dtype not in DTYPES:
+    little = DTYPES.get(dtype)
+    if little is None:
         raise InputError(f"input {name!r} has dtype {dtype!r:.80}; give one of {', '.join(DTYPES)}")
-    native = np.dtype(dtype)
-    needed = math.prod(shape) * native.itemsize
+    needed = math.prod(shape) * little.itemsize
     if len(raw) != needed:
         raise InputError(
             f"input {name!r} has {len(raw)} bytes, {dtype} {list(shape)} takes {needed}; send all of its elements"
         )
     if not needed:
-        return np.zeros(shape, native)
-    if native.kind == "b" and bool((np.frombuffer(raw, np.uint8) > 1).any()):
+        return np.zeros(shape, dtype)
+    if little.kind == "b" and bool((np.frombuffer(raw, np.uint8) > 1).any()):
         raise InputError(f"input {name!r} is bool and holds bytes other than 0 and 1; send one byte for each value")
-    array = np.frombuffer(raw, native.newbyteorder("<")).reshape(shape)
-    return np.require(array.astype(native, copy=False), requirements="A")
+    array = np.frombuffer(raw, little).reshape(shape)
+    if not little.isnative:
+        return array.astype(dtype)
+    return array if array.flags.aligned else array.copy()
 
 
 def room_for(rows: int, most: int) -> None:

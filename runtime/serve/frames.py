@@ -50,6 +50,7 @@ from ..errors import (
 from ..inputs import name_arrays
 from ..manifest import TensorSpec
 from .fields import (
+    DTYPES,
     Id,
     asked,
     from_bytes,
@@ -101,8 +102,8 @@ class Frame:
 
     def request(self, inputs: Sequence[TensorSpec], max_rows: int) -> Request:
         """The batch for a model with these inputs. Raises `InputError`."""
-        unknown = sorted(self.header.keys() - _FIELDS)
-        if unknown:
+        if not self.header.keys() <= _FIELDS:
+            unknown = sorted(self.header.keys() - _FIELDS)
             raise InputError(f"unknown field {unknown[0]!r:.80}; a batch has {', '.join(sorted(_FIELDS))}")
         given = self._lists(inputs) if self.tensors is None else self._binary(self.tensors, max_rows)
         batch = name_arrays(given, [spec.name for spec in inputs])
@@ -142,8 +143,8 @@ def _bytes_of(shape: tuple[int, ...], dtype: str) -> int:
     size = 1
     for n in shape:
         size *= n
-    bits = "".join(filter(str.isdigit, dtype))
-    return size * (int(bits) // 8 if bits in ("8", "16", "32", "64") else 1)
+    known = DTYPES.get(dtype)
+    return size * (known.itemsize if known is not None else 1)
 
 
 def open_text(text: str, max_json: int) -> Frame:
@@ -180,13 +181,16 @@ def answers(of: Id, ids: Sequence[Id] | None, leaving: Leaving, *, binary: bool)
         for name in names:
             yield _message({"id": of, "row": name, "error": _told(leaving.error)}, binary)
         return
-    same = {"exit": leaving.exit, "elapsed_ms": round(leaving.seconds * 1e3, 3), "short": leaving.short}
+    same: dict[str, Any] = {"exit": leaving.exit, "elapsed_ms": round(leaving.seconds * 1e3, 3), "short": leaving.short}
+    if binary:
+        same["outputs"] = [
+            {"name": "probabilities", "dtype": "float32", "shape": list(leaving.probabilities.shape[1:])}
+        ]
     classes, confidence = leaving.probabilities.argmax(axis=1).tolist(), leaving.confidence.tolist()
     for index, name in enumerate(names):
         header = {"id": of, "row": name, "class": classes[index], "confidence": confidence[index], **same}
         values = leaving.probabilities[index]
         if binary:
-            header["outputs"] = [{"name": "probabilities", "dtype": "float32", "shape": list(values.shape)}]
             yield _framed(header) + values.astype("<f4", copy=False).tobytes()
         else:
             yield json.dumps({**header, "probabilities": values.tolist()})

@@ -9,6 +9,11 @@ Closed too, where there are more than `2 * max_connections + 16`: the oldest con
 yet, else the oldest without one under way, else the newest. So who connects and says nothing locks nobody out, and
 whoever connects and asks at once is heard. The door counts those that are let in.
 
+A WebSocket has two ways past the tasks and queues of ASGI, which cost as much as what is done with a message of one
+row: an `AtOnce`, "socket" of `AT_ONCE` in the extensions of its scope. Whoever listens there is given binary messages
+as they come, and takes them or not; what is not taken waits as it would, with reading stopped. What is ready to be sent
+together goes in one write, where the other side takes what it gets.
+
 Not an error: a WebSocket that its client is closing when the server stops. uvicorn 0.54 would send a close of its own
 then, which the protocol refuses, and end with that error.
 """
@@ -17,17 +22,72 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
+from websockets.http11 import Request
 
 from .limits import Settings
+
+AT_ONCE = "offramp.at_once"
+
+
+class AtOnce(Protocol):
+    """A WebSocket without tasks and queues; all of it in the loop."""
+
+    def listen(self, take: Callable[[bytes], bool] | None) -> None:
+        """Offer binary messages to `take`, as long as none waits to be received: True takes it. None: no more."""
+
+    def ready(self) -> bool:
+        """Whether messages can be sent at once: what was written before is taken, and nobody closes."""
+
+    def send_at_once(self, messages: Iterable[str | bytes]) -> None:
+        """Write all in one go; only where it is `ready`. To one who is closing nothing is sent."""
 
 
 class GuardedSocket(WebSocketsSansIOProtocol):
     """uvicorn's WebSocket protocol, for `uvicorn.Config(ws=...)`."""
+
+    _take: Callable[[bytes], bool] | None = None
+
+    def handle_connect(self, event: Request) -> None:
+        super().handle_connect(event)
+        if not self.handshake_complete:  # else it was refused, and has no scope
+            self.scope["extensions"][AT_ONCE] = {"socket": self}
+
+    def send_receive_event_to_app(self) -> None:
+        if self._take is not None and self._offered(self._take):
+            self.frames = []
+        else:
+            super().send_receive_event_to_app()
+
+    def _offered(self, take: Callable[[bytes], bool]) -> bool:
+        if self.curr_msg_data_type != "bytes" or self.close_sent or self.read_paused or not self.queue.empty():
+            return False
+        return take(self.frames[0] if len(self.frames) == 1 else b"".join(self.frames))
+
+    def listen(self, take: Callable[[bytes], bool] | None) -> None:
+        """See `AtOnce.listen`."""
+        self._take = take
+
+    def ready(self) -> bool:
+        """See `AtOnce.ready`."""
+        closing = self.close_sent or self.disconnected or self.transport.is_closing()
+        return self.handshake_complete and self.writable.is_set() and not closing
+
+    def send_at_once(self, messages: Iterable[str | bytes]) -> None:
+        """See `AtOnce.send_at_once`."""
+        with contextlib.suppress(InvalidState):
+            for message in messages:
+                if isinstance(message, str):
+                    self.conn.send_text(message.encode())
+                else:
+                    self.conn.send_binary(message)
+        self.transport.write(b"".join(self.conn.data_to_send()))
 
     def shutdown(self) -> None:
         with contextlib.suppress(InvalidState):

@@ -20,7 +20,7 @@ import asyncio
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ from .fields import (
 )
 from .frames import told
 from .limits import Settings
-from .work import Asked, Engine, Host, Leaving, Observer, Ticket, held
+from .work import Asked, Engine, Host, Hosted, Leaving, Observer, Ticket, held
 
 WORDS = {
     "bool": "BOOL",
@@ -75,7 +75,7 @@ class Answers:
     """A request's rows as they come together; used in the loop only."""
 
     def __init__(self, rows: int, classes: int) -> None:
-        """`classes` as the manifest says; the version that answers may be a newer one, with others."""
+        """`classes` as the manifest says; what the rows bring decides."""
         self.probabilities = np.empty((0, classes), np.float32)  # until the first rows come
         self.exits = np.empty(rows, np.int64)
         self.confidence = np.empty(rows, np.float32)
@@ -137,14 +137,22 @@ class Infer:
             *(Route(each, self._model) for each in (model, version)),
         ]
 
-    def known(self, request: Request) -> tuple[Manifest, str]:
-        """The manifest and version of the model named in the path. Raises `UnknownModelError`."""
+    @contextlib.contextmanager
+    def _addressed(self, request: Request) -> Iterator[Hosted]:
+        """The model and version named in the path, held. Raises `UnknownModelError`."""
         name, version = request.path_params["name"], request.path_params.get("version")
         with held(self._host, name) as hosted:
-            manifest, current = hosted.manifest, hosted.digest[:_VERSION_LENGTH]
-        if version is not None and version != current:
-            raise UnknownModelError(f"model {name!r:.80} has version {current} here, not {version!r:.80}; ask for that")
-        return manifest, current
+            current = _version(hosted)
+            if version is not None and version != current:
+                raise UnknownModelError(
+                    f"model {name!r:.80} has version {current} here, not {version!r:.80}; ask for that"
+                )
+            yield hosted
+
+    def known(self, request: Request) -> tuple[Manifest, str]:
+        """The manifest and version of the model named in the path. Raises `UnknownModelError`."""
+        with self._addressed(request) as hosted:
+            return hosted.manifest, _version(hosted)
 
     async def _server(self, request: Request) -> Response:
         return JSONResponse(
@@ -175,7 +183,7 @@ class Infer:
         found = []
         for name in self._host.names():
             with held(self._host, name) as hosted:
-                version = hosted.digest[:_VERSION_LENGTH]
+                version = _version(hosted)
             found.append({"name": name, "version": version, "state": "READY", "reason": ""})
         return JSONResponse(found)
 
@@ -190,41 +198,41 @@ class Infer:
         return JSONResponse({})
 
     async def _infer(self, request: Request) -> Response:
-        self.known(request)  # who asks for what is not here need not send all of it
-        name = request.path_params["name"]
-        body = await read_body(request, self._settings)
-        manifest, version = self.known(request)
+        name, most = request.path_params["name"], self._settings.max_json_bytes
+        # From before the body on: who asks for what is not here need not send all of it, and a version that was here
+        # when it was asked for answers, whatever takes its place meanwhile.
+        with self._addressed(request) as hosted:
+            body = await read_body(request, self._settings)
+            manifest, version = hosted.manifest, _version(hosted)
+            try:
+                header, tensors = _parted(body, request.headers.get(_LENGTH), most)
+                wanted = _wanted(header)
+                of = identifier(header.get("id"), "id")
+                batch = _batch(header, tensors, manifest.inputs, self._settings.max_rows)
+                options = asked({key: _parameters(header).get(key) for key in _ASKED})
+                rows = len(next(iter(batch.values())))
+                _room_to_answer(wanted, rows, manifest.classes, most)
+            except InputError:
+                self._observer.refused(name, 0, "input")
+                raise
+            answers = Answers(rows, manifest.classes)
+            ticket = self._submit(hosted, batch, options, answers)
         try:
-            header, tensors = _parted(body, request.headers.get(_LENGTH), self._settings.max_json_bytes)
-            wanted = _wanted(header)
-            of = identifier(header.get("id"), "id")
-            batch = _batch(header, tensors, manifest.inputs, self._settings.max_rows)
-            options = asked({key: _parameters(header).get(key) for key in _ASKED})
-            rows = len(next(iter(batch.values())))
-            _room_to_answer(wanted, rows, manifest.classes, self._settings.max_json_bytes)
-        except InputError:
-            self._observer.refused(name, 0, "input")
-            raise
-        answers = Answers(rows, manifest.classes)
-        ticket = self._submit(name, batch, options, answers)
-        try:
-            # The engine took the newest version: this one, if it was that before and still is.
-            same = {"model_version": version} if self.known(request)[1] == version else {}
             await _complete(request, answers)
         except BaseException:
             ticket.cancel()
             raise
-        stated = {"model_name": name, **same, **({} if of is None else {"id": of})}
+        stated = {"model_name": name, "model_version": version, **({} if of is None else {"id": of})}
         return _response({**stated, "parameters": {"short_rows": answers.short}}, answers, wanted)
 
-    def _submit(self, name: str, batch: Mapping[str, np.ndarray], options: Asked, answers: Answers) -> Ticket:
+    def _submit(self, hosted: Hosted, batch: Mapping[str, np.ndarray], options: Asked, answers: Answers) -> Ticket:
         loop = asyncio.get_running_loop()
 
         def deliver(leaving: Leaving) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
                 loop.call_soon_threadsafe(answers.take, leaving)
 
-        return self._engine.submit(name, batch, options, deliver)
+        return self._engine.submit(hosted.name, batch, options, deliver, hosted)
 
 
 async def _complete(request: Request, answers: Answers) -> None:
@@ -257,6 +265,10 @@ def error_response(error: OfframpError) -> Response:
         status = 400 if isinstance(error, InputError | UsageError) else 500
     headers = {"retry-after": "1"} if status == 503 else None
     return JSONResponse({"error": told(error)}, status_code=status, headers=headers)
+
+
+def _version(hosted: Hosted) -> str:
+    return hosted.digest[:_VERSION_LENGTH]
 
 
 def _parameters(of: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Ledger:
         lane.open += request.left
         lane.bytes += request.left * request.row_bytes
         lane.stages = max(lane.stages, stages)
-        request.watched = self._watching.reserve(request.watched)
+        self._watching.reserve(request)
         self.requests.add(request)
         self.queues.push(chunk, 0)
 
@@ -168,12 +168,17 @@ class Ledger:
 
     def _answer(self, request: Request, here: np.ndarray, outcome: Outcome, stage: int, short: bool) -> None:
         """Answer rows of an outcome, [n] bool of its chunk."""
-        rows = outcome.chunk.rows[here]
-        if not len(rows):
+        count = np.count_nonzero(here)
+        if not count:
             return
-        if request.watched[rows].any():
+        rows, shares, sure = outcome.chunk.rows, outcome.probabilities, outcome.confidence
+        # In memory of their own either way: what waits to be sent would keep all of the batch.
+        whole = count == len(here)
+        shares, sure = (shares.copy(), sure.copy()) if whole else (shares[here], sure[here])
+        rows = rows if whole else rows[here]
+        if len(request.kept) and request.watched[rows].any():
             self._say(request, here, outcome, stage)
-        self._leave(request, rows, stage, outcome.probabilities[here], outcome.confidence[here], short)
+        self._leave(request, rows, stage, shares, sure, short)
 
     def _answer_spoken(self, request: Request, rows: np.ndarray) -> None:
         """Answer open rows with the best so far, those that have one."""

@@ -83,8 +83,8 @@ class Metrics(Collector):
     def ran(self, model: str, stage: int, rows: int, seconds: float) -> None:
         with self._lock:
             tally = self._of(model).stage(stage)
-            tally.rows.add(np.array([float(rows)]))
-            tally.seconds.add(np.array([seconds]))
+            tally.rows.add_one(float(rows))
+            tally.seconds.add_one(seconds)
 
     def loaded(self, model: str, stage: int, seconds: float, bytes: int) -> None:
         with self._lock:
@@ -111,7 +111,10 @@ class Metrics(Collector):
 
     def _of(self, model: str) -> ModelTally:
         name = model if self._names is None or model in self._names else UNKNOWN
-        return self._models.setdefault(name, ModelTally())
+        tally = self._models.get(name)
+        if tally is None:
+            tally = self._models[name] = ModelTally()
+        return tally
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -126,9 +129,7 @@ class Metrics(Collector):
             families = [*_of_models(self._models), *_of_exits(self._models), *_of_stages(self._models)]
             unplaced = self._unplaced
         yield from families
-        yield CounterMetricFamily(
-            "offramp_unplaced_rows", "Rows not watched, for all places were taken", value=unplaced
-        )
+        yield CounterMetricFamily("offramp_unplaced_rows", "Rows not watched, for there was no room", value=unplaced)
         yield from _of_recording(self._recording)
         yield from self._of_the_moment()
 

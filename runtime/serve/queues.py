@@ -122,6 +122,11 @@ class Claim:
     first: Request  # of the queue's first chunk, and kept from ending: it holds the version
     generation: int  # of what was known of the memory
     drawing: bool = True  # not drawn yet: its share of the queue is spoken for
+    over: bool = False  # the worker is done with it
+
+
+def _turn(lane: Lane) -> tuple[float, int]:
+    return lane.virtual, lane.served
 
 
 class Queues:
@@ -137,7 +142,10 @@ class Queues:
 
     def lane(self, model: str) -> Lane:
         """The model's lane, made where it has none."""
-        return self._lanes.setdefault(model, Lane(model))
+        lane = self._lanes.get(model)
+        if lane is None:
+            lane = self._lanes[model] = Lane(model)
+        return lane
 
     def __iter__(self) -> Iterator[Queue]:
         return itertools.chain.from_iterable(list(lane.queues.values()) for lane in self._lanes.values())
@@ -180,10 +188,13 @@ class Queues:
 
     def claim(self, now: float) -> Claim | None:
         """The queue to draw from next; None where no row can run. `done` ends the claim."""
-        runnable = {lane: queues for lane in self._lanes.values() if (queues := self._runnable(lane))}
+        runnable: dict[Lane, list[Queue]] = {}
+        for lane in self._lanes.values():
+            if lane.queues and (queues := self._runnable(lane)):
+                runnable[lane] = queues
         self._awake(runnable)
         if runnable:
-            lane = min(runnable, key=lambda lane: (lane.virtual, lane.served))
+            lane = min(runnable, key=_turn) if len(runnable) > 1 else next(iter(runnable))
             queue = self._choose(runnable[lane], now)
             lane.served = next(self._order)
         else:
@@ -239,16 +250,21 @@ class Queues:
         ]
 
     def _awake(self, runnable: dict[Lane, list[Queue]]) -> None:
-        lanes = self._lanes.values()
+        lanes, asleep = self._lanes.values(), False
         for lane in lanes:
             lane.active = lane.active and (lane in runnable or lane.running > 0)
+            asleep = asleep or (lane in runnable and not lane.active)
+        if not asleep:
+            return
         ahead = [lane.virtual for lane in lanes if lane.active]
-        start = min(ahead) if ahead else max((lane.virtual for lane in lanes), default=0.0)
+        start = min(ahead) if ahead else max(lane.virtual for lane in lanes)
         for lane in runnable:
             if not lane.active:
                 lane.virtual, lane.active = max(lane.virtual, start), True
 
     def _choose(self, queues: list[Queue], now: float) -> Queue:
+        if len(queues) == 1:
+            return queues[0]
         late = now - self._budget
         ready = [queue for queue in queues if queue.live.rows >= self._max_batch or queue.live.since <= late]
         if ready:

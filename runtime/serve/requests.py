@@ -49,14 +49,14 @@ class Request:
 
     model: str
     hosted: Hosted
-    limits: np.ndarray  # [B, E-1] float32
+    limits: np.ndarray  # [B, E-1] float32; [E-1] where they are the same for all rows
     deliver: Deliver
     accepted: float
     keeps: bool  # its rows take the best answer so far: at the deadline, or where a stage is missing
     best_effort: bool
     watched: np.ndarray  # [B] bool: to be recorded
     inputs: Mapping[str, np.ndarray]  # those of the rows in `kept`
-    kept: np.ndarray  # [w] int64, ascending: the rows that were chosen to be watched
+    kept: np.ndarray  # [w] int64, ascending: the rows that are watched, or were
     spoken: Spoken | None  # None: nothing of it is ever asked for
     open: np.ndarray  # [B] bool
     left: int  # open rows
@@ -71,7 +71,18 @@ class Request:
 
     def wants(self, rows: np.ndarray, exit: int) -> bool:
         """Whether an exit but the last has anything to say to these rows."""
-        return self.keeps or bool((self.limits[rows, exit] < np.inf).any())
+        return self.keeps or bool(np.count_nonzero(self.limit(rows, exit) < np.inf))
+
+    def limit(self, rows: np.ndarray, exit: int) -> np.ndarray:
+        """[n] or [] float32: what an exit but the last must be sure of for these rows."""
+        found: np.ndarray = self.limits[exit] if self.limits.ndim == 1 else self.limits[rows, exit]
+        return found
+
+    def keep(self, rows: int) -> None:
+        """Let go of the inputs kept, those of the first rows apart."""
+        if rows < len(self.kept):
+            self.kept = self.kept[:rows]
+            self.inputs = {name: value[:rows].copy() for name, value in self.inputs.items()}
 
     def row(self, row: int) -> dict[str, np.ndarray]:
         """The inputs of a watched row, without the batch dimension."""
@@ -92,6 +103,9 @@ class Chunk:
 
     def only(self, chosen: np.ndarray) -> Chunk:
         """The rows chosen, [n] bool, in memory of their own: a slice would keep the whole batch alive."""
+        if np.count_nonzero(chosen) == len(chosen):
+            whole = {name: value.copy() for name, value in self.values.items()}
+            return Chunk(self.request, self.rows, whole, self.since, self.live)
         places = np.flatnonzero(chosen)
         values = {name: value.take(places, axis=0) for name, value in self.values.items()}
         return Chunk(self.request, self.rows[places], values, self.since, self.live)

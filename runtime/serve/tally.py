@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,26 +14,37 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 _WINDOW = 10.0  # seconds that percentiles look back
 _CHUNKS = 1024  # deliveries that percentiles look back at most
+_FEW = 64  # observations that are sorted one by one, which for so few is quicker than numpy
 
 
 class Histogram:
     """Observations by upper bound, cumulated when read."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = np.array(bounds)
-        self._counts = np.zeros(len(bounds) + 1, np.int64)  # the last: above every bound
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)  # the last: above every bound
         self._sum = 0.0
 
     def add(self, values: np.ndarray) -> None:
         """[n] observations."""
-        places = np.searchsorted(self._bounds, values)  # a value at a bound belongs below it
-        self._counts += np.bincount(places, minlength=len(self._counts))
+        if len(values) <= _FEW:
+            for value in values.tolist():
+                self.add_one(value)
+            return
+        places = np.searchsorted(self._bounds, values)
+        found = np.bincount(places, minlength=len(self._counts)).tolist()
+        self._counts = [before + more for before, more in zip(self._counts, found, strict=True)]
         self._sum += float(values.sum())
+
+    def add_one(self, value: float) -> None:
+        """One observation."""
+        self._counts[bisect_left(self._bounds, value)] += 1  # a value at a bound belongs below it
+        self._sum += value
 
     def buckets(self) -> list[tuple[str, float]]:
         """(upper bound, observations up to it), as Prometheus counts them."""
         names = [*(repr(float(bound)) for bound in self._bounds), "+Inf"]
-        return list(zip(names, self._counts.cumsum().astype(float).tolist(), strict=True))
+        return list(zip(names, map(float, itertools.accumulate(self._counts)), strict=True))
 
     @property
     def sum(self) -> float:
@@ -39,7 +52,7 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        return int(self._counts.sum())
+        return sum(self._counts)
 
 
 class Recent:
@@ -100,7 +113,13 @@ class ModelTally:
     stages: dict[int, StageTally] = field(default_factory=dict)
 
     def exit(self, index: int) -> ExitTally:
-        return self.exits.setdefault(index, ExitTally())
+        found = self.exits.get(index)
+        if found is None:
+            found = self.exits[index] = ExitTally()
+        return found
 
     def stage(self, index: int) -> StageTally:
-        return self.stages.setdefault(index, StageTally())
+        found = self.stages.get(index)
+        if found is None:
+            found = self.stages[index] = StageTally()
+        return found

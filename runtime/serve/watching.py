@@ -1,13 +1,16 @@
 """Rows that are watched to the last exit, so that the record is not of hard rows alone.
 
 They are drawn, and their places taken, when their request is accepted: were a place taken only once a row is answered,
-a full background would drop rows that left early, and none of those that reached the end by themselves.
+a full background would drop rows that left early, and none of those that reached the end by themselves. For the same
+reason nothing that was placed has to go again when clients need room: watched rows have a room of their own, a share
+of what the inputs of a model's rows may take, and what finds no place in it is not watched.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -18,16 +21,19 @@ from .requests import Request, Spoken
 from .work import Observer, Recorder, Sample
 
 _log = logging.getLogger(__name__)
+_SHARE = 4  # watched rows have a quarter of the bytes that waiting ones have, on top of them
 
 
 class Watching:
-    """What of a recorder's wishes there is room for: `bound` rows at a time. Its methods need the engine's lock,
-    `chosen` apart.
+    """What of a recorder's wishes there is room for: `bound` rows at a time, whose inputs have at most a share of
+    `queue_bytes` for each model. Its methods need the engine's lock, `chosen` and `places` apart.
     """
 
-    def __init__(self, recorder: Recorder | None, observer: Observer, bound: int) -> None:
+    def __init__(self, recorder: Recorder | None, observer: Observer, bound: int, queue_bytes: int) -> None:
         self._recorder, self._observer = recorder, observer
         self.free = bound
+        self.bytes: Counter[str] = Counter()  # of the inputs that are kept, by model
+        self._most = queue_bytes // _SHARE
         self._unplaced = 0  # rows nobody has been told of
 
     def chosen(self, model: str, rows: int) -> np.ndarray:
@@ -42,18 +48,34 @@ class Watching:
             _log.exception("the recorder failed to choose rows")
             return nobody
 
-    def reserve(self, chosen: np.ndarray) -> np.ndarray:
-        """[rows] bool: the chosen ones that find a place; the first come first."""
-        given: np.ndarray = chosen & (np.cumsum(chosen) <= self.free)
-        self.free -= int(np.count_nonzero(given))
-        self._unplaced += int(np.count_nonzero(chosen & ~given))
-        return given
+    def places(self, model: str, row_bytes: int) -> int:
+        """For how many more rows there is room."""
+        left = self._most - self.bytes[model]
+        return min(self.free, left // row_bytes) if row_bytes else self.free
+
+    def reserve(self, request: Request) -> None:
+        """Watch those of the rows chosen that find a place, the first ones first, and keep their inputs alone."""
+        chosen = request.watched
+        wanted = int(np.count_nonzero(chosen))
+        if not wanted:
+            return
+        found = min(self.places(request.model, request.row_bytes), len(request.kept))
+        request.watched = chosen & (np.cumsum(chosen) <= found)
+        request.keep(found)
+        self.free -= found
+        self.bytes[request.model] += found * request.row_bytes
+        self._unplaced += wanted - found
 
     def leave(self, request: Request, rows: np.ndarray) -> None:
         """These rows are not watched any more, if they were."""
         left = rows[request.watched[rows]]
+        if not len(left):
+            return
         request.watched[left] = False
         self.free += len(left)
+        if not request.watched.any():  # they lie in one piece of memory, which goes with the last of them
+            self.bytes[request.model] -= len(request.kept) * request.row_bytes
+            request.keep(0)
 
     def finish(
         self, request: Request, rows: np.ndarray, probabilities: np.ndarray, after: list[Callable[[], None]]
@@ -82,7 +104,8 @@ class Watching:
 
 def _as_planned(request: Request, spoken: Spoken, rows: np.ndarray) -> np.ndarray:
     """[n] bool: of answered rows [n], those that left where the default plan lets them."""
-    limits, exits = request.limits[rows], spoken.exit[rows]
+    limits = np.broadcast_to(request.limits, (len(request.open), request.limits.shape[-1]))[rows]
+    exits = spoken.exit[rows]
     plain = np.array(request.hosted.manifest.thresholds(None), np.float32)
     passed = np.append(plain, np.float32(-np.inf))[exits]  # the last exit answers whatever its confidence
     planned: np.ndarray = (limits == plain).all(axis=1) & (spoken.confidence[rows] >= passed)

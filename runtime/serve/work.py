@@ -59,8 +59,10 @@ class Ticket(Protocol):
 class Engine(Protocol):
     """Rows in, each row delivered exactly once unless its ticket is cancelled."""
 
-    def submit(self, model: str, batch: Batch, asked: Asked, deliver: Deliver) -> Ticket:
+    def submit(self, model: str, batch: Batch, asked: Asked, deliver: Deliver, version: Hosted | None = None) -> Ticket:
         """Take all rows of a batch or none. A batch without rows delivers nothing.
+
+        `version` of the model answers, which the caller holds until this returns; None: the newest.
 
         Raises `UnknownModelError`, `InputError` and `UsageError` as `Session.run` does, and `BusyError` where its rows
         do not fit into the model's queue or the engine is closing.
@@ -93,6 +95,9 @@ class Hosted(Protocol):
 
     def give(self, stage: int) -> None:
         """The stage taken is not used any more; call it once for each `take` that gave one."""
+
+    def hold(self) -> None:
+        """One more may use it until `release`; for those alone who hold it already."""
 
     def release(self) -> None:
         """The request that `Host.hold` gave this to is done with it."""
@@ -191,7 +196,7 @@ class Observer(Protocol):
         """
 
     def unplaced(self, rows: int) -> None:
-        """So many more were chosen to be watched, and not, for all places were taken."""
+        """So many more were chosen to be watched, and not, for there was no room for them."""
 
 
 class Silent:

@@ -95,6 +95,11 @@ class FakeHosted:
             self.taken[stage] -= 1
             assert self.taken[stage] >= 0
 
+    def hold(self) -> None:
+        with self._host.lock:
+            assert self.holders > 0, "held by nobody, so it may be gone"
+            self.holders += 1
+
     def release(self) -> None:
         with self._host.lock:
             self.holders -= 1

@@ -116,6 +116,31 @@ def test_watched_rows_yield_to_live_ones_and_fill_their_batches(start: Start, ho
     assert journal.unplaced_ == 4
 
 
+def test_inputs_kept_of_watched_rows_are_bounded_and_refuse_nobody(
+    start: Start, host: FakeHost, journal: Journal
+) -> None:
+    notes, row = Notes(1.0), bytes_of(batch(1))
+    engine = start(recorder=notes, queue_bytes=16 * row)
+    for model in "ab":
+        host.models[model].evict(1)
+        for _ in range(3):  # each as large as may be, although rows of the one before are watched
+            ask(engine, rows_at(0, 16), model=model).wait()
+    assert engine._watching.free == 256 - 8
+    assert engine._watching.bytes == {"a": 4 * row, "b": 4 * row}
+    kept = {chunk.request for queue in engine._queues for chunk in queue}
+    assert sum(value.nbytes for request in kept for value in request.inputs.values()) == 8 * row
+    for model in "ab":
+        host.models[model].load(1)
+    notes.wait(8)
+    ask(engine, rows_at(2, 3)).wait()
+    notes.wait(3)
+    engine.close(PATIENCE)
+    assert len(notes.samples) == 11
+    assert journal.unplaced_ == 2 * 3 * 16 - 8
+    assert set(engine._watching.bytes.values()) == {0}
+    assert engine._watching.free == 256
+
+
 def test_watched_rows_of_a_deadline_run_on_behind_their_short_answer(start: Start, host: FakeHost) -> None:
     notes = Notes(1.0)
     engine = start(recorder=notes)
@@ -350,6 +375,7 @@ def test_every_row_is_delivered_once_whatever_happens(tiny: Tiny, seed: int) -> 
     assert set(engine.depths().values()) <= {0}
     assert not any(lane.open or lane.bytes or lane.running or lane.queues for lane in engine._queues._lanes.values())
     assert engine._watching.free == 20
+    assert not any(engine._watching.bytes.values())
     answers = sum(len(receiver.rows) for receiver in kept) + sum(len(receiver.rows) for receiver, _ in cancelled)
     assert answers <= sum(rows for *_, rows, _ in journal.answered_) <= sum(rows for _, rows in journal.accepted_)
     assert all(sample.final.shape == (5,) for sample in notes.samples)

@@ -192,6 +192,45 @@ def test_a_version_asked_for_answers_although_it_is_replaced_meanwhile(client: A
     assert answer.json()["model_version"] == version
 
 
+def asked_for(running: Served, version: str, arrays: Mapping[str, np.ndarray]) -> Answer:
+    data = json.dumps(body(arrays)).encode()
+    return ask(running, f"/v2/models/tiny/versions/{version}/infer", "POST", data)
+
+
+def test_a_swap_that_falls_into_a_submit_costs_no_answer(
+    client: Any, running: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, host = running.engine.submit, running.host
+
+    def swapped(*given: Any) -> Any:
+        host.swap("tiny")
+        return submit(*given)
+
+    version = client.get_model_metadata("tiny")["versions"][0]
+    monkeypatch.setattr(running.engine, "submit", swapped)
+    answer = asked_for(running, version, batch(2))
+    assert answer.status == 200
+    assert answer.json()["model_version"] == version
+    assert asked_for(running, version, batch(2)).status == 404, "a request after the swap"
+
+
+def test_a_version_is_answered_that_was_here_before_the_body_came(client: Any, running: Served) -> None:
+    version = client.get_model_metadata("tiny")["versions"][0]
+    old, data = running.host.models["tiny"], json.dumps(body(batch(2))).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
+    connection.putrequest("POST", f"/v2/models/tiny/versions/{version}/infer")
+    connection.putheader("content-length", str(len(data)))
+    connection.endheaders()
+    until(lambda: old.holders > 0)
+    running.host.swap("tiny")
+    connection.send(data)
+    response = connection.getresponse()
+    assert response.status == 200
+    assert json.loads(response.read())["model_version"] == version
+    connection.close()
+    until(lambda: old.holders == 0)
+
+
 def test_a_newer_version_may_know_more_classes(running: Served) -> None:
     """The request was read while the old one stood; the engine answers with the newest."""
     running.engine.classes = 7

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from offramp.runtime.errors import ArtifactError, BusyError
 from offramp.runtime.serve.limits import Settings
+from offramp.runtime.serve.stream import Streams
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +344,54 @@ def test_a_reader_that_stalls_loses_only_its_own_connection() -> None:
                 send(other, batch(4), "text")
                 check([read(other) for _ in range(4)], batch(4))
                 sock.close()
+
+
+def test_who_does_not_read_is_not_read_from_for_long_and_loses_nothing() -> None:
+    """40 answers of 800 KB, of which the kernel holds some and `max_rows` says how many more may wait."""
+    with served(Settings(max_rows=8)) as running:
+        running.engine.classes = 200_000
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", running.port))
+        with opened(running, sock=sock, max_queue=1, max_size=None) as slow:
+            for number in range(40):
+                send(slow, batch(1, number), "binary", id=number)
+                time.sleep(0.02)  # for its answer
+            assert len(running.engine.seen) > 8
+            assert len(running.engine.seen) < 30
+            with opened(running) as other:
+                running.engine.classes = None
+                send(other, batch(4), "binary")
+                check([read(other) for _ in range(4)], batch(4))
+            assert sorted(read(slow)["id"] for _ in range(40)) == list(range(40))
+
+
+def test_what_is_delivered_together_is_looked_at_and_sent_together() -> None:
+    calls: list[Any] = []
+    done: list[tuple[str, str]] = []
+
+    class Socket:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def leave(self, asker: Any, leaving: Any) -> None:
+            done.append((self.name, leaving))
+
+        def send(self) -> None:
+            done.append((self.name, "sent"))
+
+    streams: Any = Streams(None, None, None, Settings())  # type: ignore[arg-type]
+    streams._loop = SimpleNamespace(call_soon_threadsafe=calls.append)
+    one, two = Socket("one"), Socket("two")
+    for socket_, row in ((one, "a"), (two, "b"), (one, "c")):
+        streams.deliver(socket_, None, row)
+    assert len(calls) == 1
+    calls.pop()()
+    assert done == [("one", "a"), ("two", "b"), ("one", "c"), ("one", "sent"), ("two", "sent")]
+    streams.deliver(two, None, "d")
+    assert len(calls) == 1
+    calls.pop()()
+    assert done[5:] == [("two", "d"), ("two", "sent")]
 
 
 def test_what_was_accepted_is_answered_before_the_server_stops() -> None:

@@ -11,14 +11,17 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import pytest
-from host_help import K, Loads, taken
+from engine_help import Receiver
+from host_help import PATIENCE, STAGES, K, Loads, Told, taken, until
 from soak_help import MODEL, behaved, server, stop, together
-from tiny import batch, tiny_files, tiny_manifest
+from tiny import THRESHOLDS, batch, reference, tiny_files, tiny_manifest
 
 from offramp.runtime import ArtifactError, open_artifact, write_artifact
 from offramp.runtime.artifact import keep_open
 from offramp.runtime.manifest import Manifest
+from offramp.runtime.serve.engine import BatchingEngine
 from offramp.runtime.serve.host import ModelHost
+from offramp.runtime.serve.work import Asked
 
 SWAPS = 12
 
@@ -87,6 +90,24 @@ def test_a_replaced_version_still_loads_its_deep_stages(tmp_path: Path, name: st
     assert len(stage.session.run(["confidence"], {name: feed[name] for name in stage.inputs})[0]) == 4
     old.give(2)
     old.release()
+    host.close()
+
+
+def test_a_request_may_name_the_version_that_answers(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.offramp"
+    write(path, 0)
+    told = Told()
+    host = ModelHost({MODEL: str(path)}, observer=told)
+    engine = BatchingEngine(host, workers=1)
+    old = host.hold(MODEL)
+    write(path, 1)
+    host.swap(MODEL)
+    receiver = Receiver(20)
+    engine.submit(MODEL, batch(20), Asked(), receiver, old)
+    old.release()
+    assert receiver.wait().exits() == reference(batch(20), THRESHOLDS)[1].tolist()
+    until(lambda: len(told.of("evicted")) == STAGES)  # by nobody held any more
+    engine.close(PATIENCE)
     host.close()
 
 

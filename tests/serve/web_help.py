@@ -21,7 +21,7 @@ from offramp.runtime.inputs import Batch, check_batch
 from offramp.runtime.serve.command import listening, server
 from offramp.runtime.serve.limits import Settings
 from offramp.runtime.serve.metrics import Metrics
-from offramp.runtime.serve.work import Asked, Deliver, Leaving, SegmentState
+from offramp.runtime.serve.work import Asked, Deliver, Hosted, Leaving, SegmentState
 
 PATIENCE = 30.0  # seconds that a test waits for what must happen
 
@@ -46,6 +46,10 @@ class FakeHosted:
 
     def give(self, stage: int) -> None:
         raise NotImplementedError
+
+    def hold(self) -> None:
+        assert self.holders > 0, "held by nobody, so it may be gone"
+        self.holders += 1
 
     def release(self) -> None:
         self.holders -= 1
@@ -110,7 +114,9 @@ class FakeEngine:
         self.closed: float | None = None
         self._threads: list[threading.Thread] = []
 
-    def submit(self, model: str, batch: Batch, asked: Asked, deliver: Deliver) -> FakeTicket:
+    def submit(
+        self, model: str, batch: Batch, asked: Asked, deliver: Deliver, version: Hosted | None = None
+    ) -> FakeTicket:
         if model not in self.host.models:
             raise UnknownModelError(f"no model {model!r} is served here")
         if self.closed is not None:
@@ -118,7 +124,7 @@ class FakeEngine:
         if self.refuses is not None:
             raise self.refuses
         try:
-            arrays, rows = check_batch(batch, self.host.models[model].manifest.inputs)
+            arrays, rows = check_batch(batch, (version or self.host.models[model]).manifest.inputs)
         except InputError:
             self.observer.refused(model, 0, "input")
             raise
