@@ -13,8 +13,8 @@ refused and 99 % were answered within half a second; saturation is the highest r
 under overload, at the highest rate, is beside it, for it depends on no such choice. Batches per stage are those of the
 server's own metrics. Medians over rounds; what is spread stands beside them.
 
-Writes benchmarks/results/serve.json after each task, keeping tasks that are not asked for, the README's tables and
-docs/serve.svg.
+Writes benchmarks/results/serve.json after each task, keeping tasks that are not asked for and requests of other sizes,
+the README's tables and docs/serve.svg.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from offramp.runtime.table import percent
 RESULTS = Path(__file__).parent / "results" / "serve.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "serve.svg"
 ROOT = Path(__file__).parents[1]
-TOLERANCES = {"resnet56_long": 0.04, "sst2": 0.01}  # at which about half of the compute is saved
+TOLERANCES = {"resnet56": 0.05, "resnet56_long": 0.04, "sst2": 0.01}  # at which about half of the compute is saved
 OURS, PLAIN = "ours", "plain"
 MULTIPLES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6)  # of the plain model's capacity
 QUEUE = 512  # rows of a model that may wait: about a second's, so that a refusal shows within a run
@@ -175,6 +175,12 @@ def described(artifact: Artifact) -> dict[str, Any]:
     }
 
 
+def title(result: Mapping[str, Any]) -> str:
+    """What the tables call it."""
+    each = result["batch"]
+    return result["task"] if each == 1 else f"{result['task']}, {each} rows a request"
+
+
 def at_rate(result: Mapping[str, Any], model: str, multiple: float) -> list[Mapping[str, Any]]:
     """One model's points at one rate, one of each round."""
     return [one for one in result["points"] if one["model"] == model and one["multiple"] == multiple]
@@ -214,7 +220,7 @@ def saturation_table(results: Sequence[Mapping[str, Any]]) -> str:
         over = {model: overload(result, model) for model in (PLAIN, OURS)}
         ratios = [ours / plain for ours, plain in zip(over[OURS], over[PLAIN], strict=True)]
         lines.append([
-            result["task"], percent(result["tolerance"]), percent(result["flops_saved"]),
+            title(result), percent(result["tolerance"]), percent(result["flops_saved"]),
             *(f"{best[model]:.0f}" for model in (PLAIN, OURS)),
             f"{best[OURS] / best[PLAIN]:.2f}" if best[PLAIN] else "",
             *(f"{median(over[model]):.0f}" for model in (PLAIN, OURS)),
@@ -234,7 +240,7 @@ def latency_table(results: Sequence[Mapping[str, Any]]) -> str:
         for multiple in multiples(result):
             plain, ours = (at_rate(result, model, multiple) for model in (PLAIN, OURS))
             lines.append([
-                f"{result['task']}, {multiple:g}", f"{median(one['offered'] for one in plain):.0f}",
+                f"{title(result)}, {multiple:g}", f"{median(one['offered'] for one in plain):.0f}",
                 *(across(one["latency_ms"] for one in points) for points in (plain, ours)),
                 across(one["exits"].get("0", {}) for one in ours),
                 *(f"{median(one['refused'] / one['rows'] for one in points):.0%}" for points in (plain, ours)),
@@ -255,8 +261,8 @@ def exit_table(results: Sequence[Mapping[str, Any]]) -> str:
         plain, ours = (at_rate(result, model, quiet) for model in (PLAIN, OURS))
         for index, rate in enumerate(result["exit_rates"]):
             seen = across(one["exits"].get(str(index), {}) for one in ours)
-            lines.append([f"{result['task']}, exit {index}", percent(rate), seen])
-        lines.append([f"{result['task']}, plain", "", across(one["latency_ms"] for one in plain)])
+            lines.append([f"{title(result)}, exit {index}", percent(rate), seen])
+        lines.append([f"{title(result)}, plain", "", across(one["latency_ms"] for one in plain)])
     return markdown(("answered by, at half of plain's capacity", "of the test rows", "p50 / p95 / p99"), lines)
 
 
@@ -295,7 +301,7 @@ def plot(results: Sequence[Mapping[str, Any]]) -> None:
                 curve(above, offered, early, "ours, first exit, p50", "--", "C2")
             curve(below, offered, [[one["throughput"] for one in each] for each in points], model, "-", color)
         above.set_yscale("log")
-        above.set_title(f"{result['task']}, {percent(result['flops_saved'])} of the FLOPs saved")
+        above.set_title(f"{title(result)}, {percent(result['flops_saved'])} of the FLOPs saved")
         below.set_xlabel("rows offered a second")
     panels[0, 0].set_ylabel("latency, ms")
     panels[1, 0].set_ylabel("answers a second")
@@ -325,10 +331,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     before = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
-    results = {result["task"]: result for result in before}
+    results = {title(result): result for result in before}
     for name in args.tasks:
-        results[name] = measured(name, args)
-        ordered = sorted(results.values(), key=lambda result: list(TASKS).index(result["task"]))
+        result = measured(name, args)
+        results[title(result)] = result
+        ordered = sorted(results.values(), key=lambda result: (list(TASKS).index(result["task"]), result["batch"]))
         RESULTS.write_text(json.dumps({"command": "python -m benchmarks.serve", "results": ordered}, indent=1) + "\n")
         replace_block("serve", table(ordered))
         plot(ordered)

@@ -4,6 +4,7 @@
         [--kind searched] [--earlyon DIR] [--own-pools]
 
     plain        the backbone in ONNX Runtime: what all others are divided by
+    in blocks    the same with its shortcuts laid out as those of our stages are, which is no early exit's merit
     segments     the artifact, one model per stage
     single file  the artifact's `model.onnx`, in the same session class
     TorchScript  the artifact's `model.ts`, in PyTorch
@@ -68,9 +69,9 @@ from offramp.runtime.table import percent
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "speed.svg"
 TITLES = {
-    "plain": "plain", "segments": "segments", "by_time": "by time", "single_file": "single file",
-    "torchscript": "TorchScript", "ideal": "ideal", "no_exit": "no exit", "none_leaves": "none leaves",
-    "heads_alone": "heads alone", "eager": "eager PyTorch", "earlyon": "earlyon", "smaller": "smaller model",
+    "plain": "plain", "in_blocks": "plain, in blocks", "segments": "segments", "by_time": "by time",
+    "single_file": "single file", "torchscript": "TorchScript", "ideal": "ideal", "no_exit": "no exit",
+    "none_leaves": "none leaves", "heads_alone": "heads alone", "eager": "eager PyTorch", "earlyon": "earlyon", "smaller": "smaller model",
 }  # fmt: skip
 SHOWN = (1, 8, 32, 128)  # batches
 RIVALLED = ("resnet20", "resnet56", "resnet56_long")  # by earlyon
@@ -138,6 +139,7 @@ def ours(ready: Ready, artifact: Artifact, by_time: Artifact, threads: int) -> d
 
     return {
         "plain": in_onnxruntime(ready.plain, "backbone", threads),
+        "in_blocks": in_onnxruntime(backbone_model(ready.backbone, blocks=True), "backbone in blocks", threads),
         "segments": called(bench.session.run, read),
         "by_time": called(quick.run, read),
         "single_file": called(whole.run, read),

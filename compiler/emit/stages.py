@@ -94,13 +94,16 @@ def asked_only(program: ExitProgram, models: Sequence[onnx.ModelProto]) -> tuple
     return (*made, models[-1])
 
 
-def backbone_model(backbone: Backbone, limit: int = INLINE_LIMIT) -> ModelBytes:
+def backbone_model(backbone: Backbone, limit: int = INLINE_LIMIT, *, blocks: bool = False) -> ModelBytes:
     """The plain backbone as ONNX, to measure against; weights over `limit` bytes in a file beside it.
+
+    It is the model as it came; with `blocks` its maps are laid out as those of stages are.
 
     Raises `ModelError` when it holds an operator ONNX cannot express.
     """
     plain = Plain(backbone)
-    plain.backbone, places = with_places(keep_promises(plain.backbone))
+    graph = in_blocks(plain.backbone) if blocks else plain.backbone
+    plain.backbone, places = with_places(keep_promises(graph))
     prefixes = {"": "output", **_below("backbone", places)}
     model = to_onnx(plain, _examples(backbone.graph_module), ("probabilities",), prefixes)
     return model_bytes(model_files(model, "backbone.onnx", limit), "backbone.onnx")

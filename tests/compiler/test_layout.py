@@ -14,7 +14,7 @@ from models import captured
 from torch import nn
 from torch.nn import functional as F
 
-from offramp.compiler.emit import stage_models
+from offramp.compiler.emit import backbone_model, stage_models
 from offramp.compiler.emit.layout import in_blocks
 from offramp.passes import Backbone, ExitPlan, ExitProgram, PlannedExit, build_program
 
@@ -99,6 +99,15 @@ def test_the_same_answers_as_without() -> None:
         cut, early, _ = run(first, rows)
         late, _ = run(second, {second.graph.input[0].name: cut})
         np.testing.assert_allclose(np.stack([early, late]), expected, atol=1e-6)
+
+
+def test_the_whole_model_may_be_laid_out_so_too() -> None:
+    backbone = backbone_of(Maps(16, 32))
+    rows = {"x": torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).numpy()}
+    plain, laid = (onnx.load_from_string(backbone_model(backbone, blocks=blocks).proto) for blocks in (False, True))
+    assert pools(plain) == []
+    assert len(pools(laid)) == 1, "behind the padding: no stage came before"
+    np.testing.assert_allclose(run(laid, rows)[0], run(plain, rows)[0], atol=1e-6)
 
 
 class OtherSums(nn.Module):
