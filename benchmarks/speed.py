@@ -71,7 +71,8 @@ FIGURE = Path(__file__).parents[1] / "docs" / "speed.svg"
 TITLES = {
     "plain": "plain", "in_blocks": "plain, in blocks", "segments": "segments", "by_time": "by time",
     "single_file": "single file", "torchscript": "TorchScript", "ideal": "ideal", "no_exit": "no exit",
-    "none_leaves": "none leaves", "heads_alone": "heads alone", "eager": "eager PyTorch", "earlyon": "earlyon", "smaller": "smaller model",
+    "none_leaves": "none leaves", "heads_alone": "heads alone", "eager": "eager PyTorch", "earlyon": "earlyon",
+    "smaller": "smaller model",
 }  # fmt: skip
 SHOWN = (1, 8, 32, 128)  # batches
 RIVALLED = ("resnet20", "resnet56", "resnet56_long")  # by earlyon
