@@ -24,6 +24,7 @@ from offramp.runtime.execution import ASK, CONFIDENCE, PROBABILITIES
 
 _ANSWER = (PROBABILITIES, CONFIDENCE)
 _CHOICE = "answer"  # what the `If` is called
+_SILENT = ("silent/none", "silent/never")  # what the nodes are called that make the answer of one who is not asked
 _INNER = "asked"  # what the branches call their outputs: names around them are taken
 
 
@@ -59,8 +60,8 @@ def speechless(model: onnx.ModelProto, classes: int) -> onnx.ModelProto:
         if node.name == _CHOICE:
             (branch,) = (attribute.g for attribute in node.attribute if attribute.name == "else_branch")
             none = [
-                helper.make_node("Constant", [], [value.name], name=value.name, value=_no_rows(shape))
-                for value, shape in zip(branch.output, ([0, classes], [0]), strict=True)
+                helper.make_node("Constant", [], [value.name], name=name, value=_no_rows(shape))
+                for name, value, shape in zip(_SILENT, branch.output, ([0, classes], [0]), strict=True)
             ]
             branch.CopyFrom(helper.make_graph(none, branch.name, [], list(branch.output)))
     return model
@@ -78,8 +79,8 @@ def _silent(value: str, classes: int) -> onnx.GraphProto:
     nodes = [
         helper.make_node("Shape", [value], [rows], name=rows, start=0, end=1),
         helper.make_node("Concat", [rows, width], [shape], name=shape, axis=0),
-        helper.make_node("ConstantOfShape", [shape], [f"{_INNER}/none"], name="silent/none", value=zero),
-        helper.make_node("ConstantOfShape", [rows], [f"{_INNER}/never"], name="silent/never", value=never),
+        helper.make_node("ConstantOfShape", [shape], [f"{_INNER}/none"], name=_SILENT[0], value=zero),
+        helper.make_node("ConstantOfShape", [rows], [f"{_INNER}/never"], name=_SILENT[1], value=never),
     ]
     weight = numpy_helper.from_array(np.array([classes], np.int64), width)
     outputs = _outputs((f"{_INNER}/none", f"{_INNER}/never"), classes)
