@@ -52,7 +52,7 @@ from offramp.runtime.table import percent
 RESULTS = Path(__file__).parent / "results" / "serve.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "serve.svg"
 ROOT = Path(__file__).parents[1]
-TOLERANCES = {"resnet56": 0.05, "resnet56_long": 0.04, "sst2": 0.01}  # at which about half of the compute is saved
+TOLERANCES = {"resnet56": 0.08, "resnet56_long": 0.04, "sst2": 0.01}  # at which about half of the compute is saved
 OURS, PLAIN = "ours", "plain"
 MULTIPLES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6)  # of the plain model's capacity
 QUEUE = 512  # rows of a model that may wait: about a second's, so that a refusal shows within a run
