@@ -57,7 +57,7 @@ def gated(model: onnx.ModelProto, passed: Sequence[str], classes: int) -> onnx.M
 def speechless(model: onnx.ModelProto, classes: int) -> onnx.ModelProto:
     """In place: a stage made by `gated` that answers for no rows where it is not asked."""
     for node in model.graph.node:
-        if node.name == _CHOICE:
+        if node.op_type == "If" and node.name == _CHOICE:
             (branch,) = (attribute.g for attribute in node.attribute if attribute.name == "else_branch")
             none = [
                 helper.make_node("Constant", [], [value.name], name=name, value=_no_rows(shape))

@@ -34,7 +34,6 @@ _KEEPS = (  # its first argument's layout
     aten.batch_norm.default,
     operator.getitem,
     aten.relu.default,
-    aten.relu_.default,
     aten.silu.default,
     aten.sigmoid.default,
     aten.tanh.default,
@@ -43,7 +42,6 @@ _KEEPS = (  # its first argument's layout
     aten.max_pool2d.default,
     aten.avg_pool2d.default,
 )
-_ADDS = (aten.add.Tensor, aten.add_.Tensor)
 
 
 def in_blocks(module: fx.GraphModule) -> fx.GraphModule:
@@ -51,7 +49,7 @@ def in_blocks(module: fx.GraphModule) -> fx.GraphModule:
     laid = copy_graph_module(module)
     blocked: set[fx.Node] = set()
     for node in list(laid.graph.nodes):
-        if node.target in _ADDS and (maps := _two_maps(node)) is not None:
+        if node.target is aten.add.Tensor and (maps := _two_maps(node)) is not None:
             inside = [one for one in maps if one in blocked]
             outside = [one for one in maps if one not in blocked]
             if inside and outside and _channels(node) % _BLOCK == 0:

@@ -110,6 +110,32 @@ def test_the_whole_model_may_be_laid_out_so_too() -> None:
     np.testing.assert_allclose(run(laid, rows)[0], run(plain, rows)[0], atol=1e-6)
 
 
+class Bordered(nn.Module):
+    """A smaller map as the shortcut, with a border around it."""
+
+    def __init__(self, border: float) -> None:
+        super().__init__()
+        self.border = border
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        small = F.max_pool2d(x, 2) - 3.0
+        return self.last(F.relu(self.second(x) + F.pad(small, (2, 2, 2, 2), value=self.border)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("border", [0.0, 1.5])
+def test_a_border_is_not_merged_into_the_mean_behind_it(border: float) -> None:
+    model = Bordered(border)
+    laid = onnx.load_from_string(backbone_model(backbone_of(model), blocks=True).proto)
+    assert len(pools(laid)) == 1
+    rows = torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = torch.softmax(model(rows), 1).numpy()
+    np.testing.assert_allclose(run(laid, {"x": rows.numpy()})[0], expected, atol=1e-6)
+
+
 class OtherSums(nn.Module):
     """Sums of maps that are not two maps of one shape."""
 
