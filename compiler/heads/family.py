@@ -48,6 +48,11 @@ class HeadConfig:
         return find_family(self.family).describe(self.settings)
 
 
+def as_trained(head: nn.Module) -> nn.Module:
+    """What a family does with a trained head, to the same answers without what only training needed: by default nothing."""
+    return head
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of head."""
@@ -56,7 +61,7 @@ class Family:
     build: Callable[[Shape, int, Settings], nn.Module]  # (shape, classes, settings) -> [B, *shape] to logits [B, K]
     default: Callable[[Shape, int], Settings]  # (shape, width) -> settings of the default head that wide
     describe: Callable[[Settings], str]
-    finish: Callable[[nn.Module], nn.Module] = lambda head: head  # trained -> the same without what training needed
+    finish: Callable[[nn.Module], nn.Module] = as_trained
     space: Space = field(default_factory=dict)  # the family's own choices
     chosen: Callable[[Shape, int, Settings], Settings] | None = None  # (shape, width, one choice of each) -> settings
     free: Settings = field(default_factory=dict)  # choices forced where a size other than the batch varies
