@@ -49,7 +49,7 @@ class HeadConfig:
 
 
 def as_trained(head: nn.Module) -> nn.Module:
-    """What a family does with a trained head, to the same answers without what only training needed: by default nothing."""
+    """What a family does with a trained head, the same answers without what training needed: by default nothing."""
     return head
 
 
