@@ -57,7 +57,7 @@ class Search:
     trials: int = 4  # per candidate, beside its default head
     waves: int = 2
     epochs: int = 4  # that the better half of a wave learns for
-    shortlist: int = 6  # candidates that stay, to be trained to the end
+    shortlist: int = 8  # candidates that stay, to be trained to the end
     spaces: Mapping[str, Space] = field(default_factory=dict)  # by family, in place of the family's own
 
     def __post_init__(self) -> None:
