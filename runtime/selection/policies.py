@@ -9,8 +9,9 @@ the tolerance on the rows they were selected on, and on no others: that is what 
 
 The least cost that keeps the tolerance on some rows is had by fitting them: thresholds that end just before a
 disagreement, exits that happened to be lucky. On new rows such a plan saves less than `geometric` does at the same
-realised risk (measured, see the README). So where calibrated chances were recorded `joint` orders plans by a risk that
-is shrunk towards what they predict, and takes the boldest whose observed risk is within the tolerance.
+realised risk (measured, see the README). So where calibrated chances were recorded `joint` orders plans by expected
+risk, see `expected.py`, and takes the boldest whose observed risk is within the tolerance. Should `geometric` or
+`equal` be cheaper, for they have found a gap between disagreements, it fits the rows as much as it takes to be so too.
 
 Where stages of lower precision change answers of their own (`Records.final`), every row is charged with that, those
 that leave before the end too: exits get what is left of the tolerance. That is a little less than they could have.
@@ -35,7 +36,7 @@ from .joint import WORK, Column, Ints, boldest, column, search
 from .records import Costs, Records, Selection, exits_taken, expected_cost, realised_risk
 
 EXHAUSTIVE = 12  # candidates up to which every subset is scored
-_BELIEVED = 0.8  # of the shrunk risk is predicted, the rest observed: chances know nothing of the exits before theirs
+_TRUST = (1.0, 0.95, 0.85, 0.65, 0.35)  # shares of the risk told that are expected, the rest observed; tried in turn
 
 
 def equation_3_threshold(confidence: NDArray[np.float32], agrees: NDArray[np.bool_], budget: float) -> float:
@@ -120,29 +121,31 @@ def _equal(records: Records, costs: Costs, columns: tuple[Column, ...], toleranc
 
 
 def _joint(records: Records, costs: Costs, columns: tuple[Column, ...], tolerance: float, *, work: float) -> Ints:
-    if records.predicted:
-        plans = [boldest(columns, records.risk, records.risk, costs.segment, costs.head, tolerance)]
-    else:
-        plans = [policy(records, costs, columns, tolerance) for policy in (_geometric, _equal)]
-        if records.chance is None:
-            plans.append(search(columns, records.risk, costs.segment, costs.head, tolerance, plans, work))
-        else:
-            plans.append(boldest(columns, _shrunk(records), records.risk, costs.segment, costs.head, tolerance))
-
     def price(cuts: Ints) -> float:
         plan = _plan(columns, cuts)
         return expected_cost(records, costs, *plan) if realised_risk(records, *plan) <= tolerance else math.inf
 
-    best = min(plans, key=price)
-    for i in np.flatnonzero(best):  # the search rounds costs: an exit may have paid only there
-        without = np.where(np.arange(len(best)) == i, 0, best)
-        best = min(without, best, key=price)
-    return best
+    if records.predicted:
+        return _trimmed(boldest(columns, records.risk, records.risk, costs.segment, costs.head, tolerance), price)
+    plans = [policy(records, costs, columns, tolerance) for policy in (_geometric, _equal)]
+    if records.chance is None:
+        plans.append(search(columns, records.risk, costs.segment, costs.head, tolerance, plans, work))
+        return _trimmed(min(plans, key=price), price)
+    least, expected = min(map(price, plans)), records.expected_risk
+    for trust in _TRUST:
+        told = trust * expected + (1 - trust) * records.risk
+        bold = _trimmed(boldest(columns, told, records.risk, costs.segment, costs.head, tolerance), price)
+        if price(bold) <= least:
+            return bold
+    return _trimmed(min(plans, key=price), price)
 
 
-def _shrunk(records: Records) -> NDArray[np.float64]:
-    """[rows, candidates] the observed risk, shrunk towards the predicted one."""
-    return (1 - _BELIEVED) * records.risk + _BELIEVED * replace(records, predicted=True).risk
+def _trimmed(cuts: Ints, price: Callable[[Ints], float]) -> Ints:
+    """Without exits that do not pay: `boldest` and `search` round costs, an exit may have paid only there."""
+    for i in np.flatnonzero(cuts):
+        without = np.where(np.arange(len(cuts)) == i, 0, cuts)
+        cuts = min(without, cuts, key=price)
+    return cuts
 
 
 def _plan(columns: tuple[Column, ...], cuts: Ints) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, UsageError
 from .bounds import DISAGREEMENT, REGRET, RISKS
+from .expected import expected_disagreement
 from .joint import Floats, Ints
 
 
@@ -113,6 +114,12 @@ class Records:
         if self.kind == REGRET and self.regret is not None:
             return self.regret.astype(np.float64)
         return (~self.agrees).astype(np.float64)
+
+    @property
+    def expected_risk(self) -> Floats:
+        """[rows, candidates] in [0, 1]: `risk` in expectation, by recorded chances and by what all rows showed."""
+        chance = self.confidence if self.chance is None else self.chance
+        return expected_disagreement(self.confidence, chance, self.agrees) * self._regret_of_one()
 
     @property
     def final_risk(self) -> Floats:
