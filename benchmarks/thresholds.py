@@ -105,6 +105,7 @@ def judged(name: str, choice: Choice, split: int) -> dict[str, float] | None:
         "disagreement": disagreement(test, *plan),
         "risk": realised_risk(test, *plan),
         "risk_of_rest": realised_risk(rest, *plan),
+        "saved_of_rest": 1 - expected_cost(rest, kept.costs, *plan) / float(kept.costs.reach[-1]),
         "accuracy_change": float(accuracy),
         "exits": float(len(found.chosen)),
     }
@@ -144,9 +145,12 @@ def compared(name: str, splits: int) -> dict[str, Any]:
 
 
 def curve(result: dict[str, Any], policy: str) -> np.ndarray:
-    """[tolerances, 3] risk realised, compute saved, tolerance: means over splits, by rising risk."""
+    """[tolerances, 3] risk realised, compute saved, tolerance: means over splits, by rising risk.
+
+    On certification and test rows: these policies choose on neither, and twice the rows tell twice as well.
+    """
     rows = [c for c in result["choices"] if _plain(c, policy)]
-    return np.array(sorted((c["risk"]["mean"], c["saved"]["mean"], c["tolerance"]) for c in rows))
+    return np.array(sorted((c["risk_of_rest"]["mean"], c["saved_of_rest"]["mean"], c["tolerance"]) for c in rows))
 
 
 def at_equal_risk(result: dict[str, Any]) -> list[dict[str, float]]:
