@@ -17,7 +17,7 @@ from .stream import CPU
 class Training:
     """How heads are trained."""
 
-    epochs: int = 40
+    epochs: int = 30
     patience: int | None = None  # epochs without a lower loss after which a head stops; None: a third of all
     batch: int = 128
     learning_rate: float = 3e-3
