@@ -49,7 +49,7 @@ RESULTS = Path(__file__).parent / "results" / "thresholds.json"
 TOLERANCES = (0.005, 0.01, 0.02, 0.03)
 SWEEP = (0.001, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05)
 DELTA = 0.05
-MOST = 0.03  # risk
+LEAST, MOST = 1e-5, 0.03  # risk
 HEAD = (
     "task, policy, tolerance", "compute saved", "time saved, batch 1 / 32", "disagreement",
     "over tolerance, test / all", "accuracy, points",
@@ -153,13 +153,21 @@ def curve(result: dict[str, Any], policy: str) -> np.ndarray:
     return np.array(sorted((c["risk_of_rest"]["mean"], c["saved_of_rest"]["mean"], c["tolerance"]) for c in rows))
 
 
+def saved_at(points: np.ndarray, risks: float | np.ndarray) -> np.ndarray:
+    """What a `curve` saves at some risks: saving rises about linearly with the risk's logarithm.
+
+    Interpolated along the risk itself a curve that bends would lie too low between two tolerances.
+    """
+    return np.asarray(np.interp(np.log(risks), np.log(np.maximum(points[:, 0], LEAST)), points[:, 1]))
+
+
 def at_equal_risk(result: dict[str, Any]) -> list[dict[str, float]]:
     """What `joint` saves, by interpolation over its sweep, where it realises the risk that `geometric` realises."""
-    risks, saved, _ = curve(result, "joint").T
+    points = curve(result, "joint")
     return [
-        {"tolerance": tolerance, "risk": risk, "geometric": won, "joint": float(np.interp(risk, risks, saved))}
+        {"tolerance": tolerance, "risk": risk, "geometric": won, "joint": float(saved_at(points, risk))}
         for risk, won, tolerance in sorted(curve(result, "geometric").tolist(), key=lambda point: point[2])
-        if tolerance in TOLERANCES and risks[0] <= risk <= risks[-1]
+        if tolerance in TOLERANCES and points[0, 0] <= risk <= points[-1, 0]
     ]
 
 
@@ -167,7 +175,7 @@ def mean_over_risks(result: dict[str, Any]) -> tuple[float, float, float]:
     """Means of what `geometric` and `joint` save over the risks both realise up to `MOST`, and the least of these."""
     curves = [curve(result, policy) for policy in ("geometric", "joint")]
     risks = np.linspace(max(c[0, 0] for c in curves), min(MOST, *(c[-1, 0] for c in curves)), 200)
-    geometric, joint = (float(np.interp(risks, c[:, 0], c[:, 1]).mean()) for c in curves)
+    geometric, joint = (float(saved_at(points, risks).mean()) for points in curves)
     return geometric, joint, float(risks[0])
 
 
