@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from .joint import Floats
 
 _SLOPE, _LEVEL = 10.0, 300.0  # precisions of the coefficients' normal priors, for features of unit variance
 _NEAR, _PRIOR = 6.0, 30.0  # disagreements
@@ -34,9 +34,10 @@ def expected_disagreement(
     """[rows, candidates] each, candidates from shallow to deep -> the same in [0, 1]."""
     clipped = np.clip(chance.astype(np.float64), _CERTAIN, 1 - _CERTAIN)
     sure = np.log(clipped) - np.log1p(-clipped)
+    highest = np.maximum.accumulate(sure, axis=1)
     told = np.empty_like(sure)
     for i in range(sure.shape[1]):
-        before = [sure[:, :i].max(1), sure[:, i - 1]] if i else []
+        before = [highest[:, i - 1], sure[:, i - 1]] if i else []
         wrong = (~agrees[:, i]).astype(np.float64)
         fitted = _fitted(-sure[:, i], np.column_stack([sure[:, i], *before]), wrong)
         told[:, i] = _nearby(confidence[:, i], fitted, wrong)
