@@ -1,7 +1,7 @@
 """How long an artifact takes in each of its forms, against the plain backbone and whatever else a person could run.
 
     python -m benchmarks.speed [--tasks resnet20 resnet56 sst2 resnet50] [--batches 1 2 4 8 16 32 64 128]
-        [--kind searched] [--earlyon DIR] [--own-pools]
+        [--kind searched] [--epochs 30] [--earlyon DIR] [--own-pools]
 
     plain        the backbone in ONNX Runtime: what all others are divided by
     in blocks    the same with its shortcuts laid out as those of our stages are, which is no early exit's merit
@@ -108,9 +108,9 @@ print((peak() - before) / 1024, before / 1024)
 """
 
 
-def compiled(task: Task, kind: str, seed: int, threads: int) -> tuple[Ready, Artifact, Artifact]:
+def compiled(task: Task, kind: str, epochs: int, seed: int, threads: int) -> tuple[Ready, Artifact, Artifact]:
     """The task's artifact in all forms, and one chosen by time; heads trained before are taken up."""
-    options = options_of(task, kind, seed=seed, threads=threads, targets=ALL_TARGETS, rounds=1)
+    options = options_of(task, kind, epochs, seed=seed, threads=threads, targets=ALL_TARGETS, rounds=1)
     ready = made_ready(task, options)
     heads = heads_of(task, ready, options, kind)
     out = WORK / f"speed-{task.name}-{kind}"
@@ -255,7 +255,7 @@ def memory(ready: Ready, artifact: Artifact, threads: int) -> dict[str, float]:
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One task: compile, judge, time."""
     task = TASKS[name](args.seed)
-    ready, artifact, by_time = compiled(task, args.kind, args.seed, args.threads)
+    ready, artifact, by_time = compiled(task, args.kind, args.epochs, args.seed, args.threads)
     manifest = artifact.manifest
     variants = ours(ready, artifact, by_time, args.threads)
     truth, _ = answered(variants["plain"], ready, JUDGED)
@@ -387,6 +387,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--kind", choices=KINDS, default="searched")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=Training.epochs, help="that the heads were trained for")
     parser.add_argument("--earlyon", type=Path, metavar="DIR", help="where earlyon is installed")
     parser.add_argument("--earlyon-epochs", type=int, default=Training.epochs)
     parser.add_argument("--own-pools", action="store_true", help="leave every session a pool of threads of its own")

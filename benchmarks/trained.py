@@ -17,12 +17,15 @@ WORK = Path("build") / "benchmarks"
 KINDS = ("searched", "default")
 
 
-def options_of(task: Task, kind: str, **changes: Any) -> Options:
-    """The compiler's, for this task and heads of one kind. Those that training depends on, the tolerance among them,
-    must stay as they are where trained heads are to be taken up."""
+def options_of(task: Task, kind: str, epochs: int = Training.epochs, **changes: Any) -> Options:
+    """The compiler's, for this task and heads of one kind, trained for `epochs` where the task does not say.
+
+    Those that training depends on, the tolerance among them, must stay as they are where trained heads are to be taken
+    up.
+    """
     search = replace(Search(engine="tpe"), **task.search) if kind == "searched" else Search()
     told: dict[str, Any] = {"max_candidates": task.max_candidates, "policy": task.policy, **changes}
-    return Options(training=replace(Training(), **task.training), search=search, **told)
+    return Options(training=replace(Training(epochs=epochs), **task.training), search=search, **told)
 
 
 def made_ready(task: Task, options: Options) -> Ready:

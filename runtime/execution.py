@@ -180,11 +180,11 @@ class SingleFile:
         else:
             probabilities, exits = self._run(arrays, thresholds)
         confidence = self._confidence(probabilities)
-        for index in range(self._exits):
-            rows = np.flatnonzero(exits == index)
-            if rows.size == exits.size:
+        for index, count in enumerate(np.bincount(exits).tolist()):
+            if count == len(exits):
                 yield ExitRows(index, None, probabilities, confidence)
-            elif rows.size:
+            elif count:
+                rows = np.flatnonzero(exits == index)
                 yield ExitRows(index, rows, probabilities[rows], confidence[rows])
 
     def _run(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> list[np.ndarray]:

@@ -2,8 +2,12 @@
 
     stage 0; leave = confidence >= thresholds[0]; stay = indices of the rows that do not leave
     If (any row stays)
-      then  Gather the live values' rows; stage 1; ...; ScatterND its answers into stage 0's
+      then  GatherND the live values' rows; stage 1; ...; ScatterND its answers into stage 0's
       else  stage 0's answers
+
+An exit's number is 1 for a row that stays, plus what comes of it behind: the deeper numbers are added in. Every small
+operator costs a few microseconds, and each exit has all of them, hence this and indices [n, 1], which both `GatherND`
+and `ScatterND` read.
 
 The model's own inputs, outputs `probabilities [batch, K]` and `exit [batch]`, and `thresholds [exits]`, an
 input with a default that a caller may override. A branch's weights are initializers of the branch itself: in
@@ -31,6 +35,7 @@ from .stages import ANSWER
 from .translate import OPSET
 
 _FLOAT, _INT = TensorProto.FLOAT, TensorProto.INT64
+_ANSWERS = ("probabilities", "exit")
 
 
 def single_file_model(
@@ -78,114 +83,95 @@ class _Builder:
         self.models = models
         self.classes = classes
         self.external = external
-        self.values = {"probabilities", "exit", "thresholds"}
-        self.nodes = {"probabilities", "exit"}
+        self.values = {*_ANSWERS, "thresholds"}
+        self.nodes = {*_ANSWERS}
 
     def graph(self, model_inputs: Sequence[str]) -> onnx.GraphProto:
         self.values.update(model_inputs)
         nodes, weights, answers = self._from_stage(0, {name: name for name in model_inputs})
-        for made, name in zip(answers, ("probabilities", "exit"), strict=True):
+        exits = len(self.models) - 1
+        if exits > 1:
+            limits = [_threshold(index, exits) for index in range(exits)]
+            nodes.insert(
+                0, helper.make_node("Split", ["thresholds"], limits, name="thresholds/split", num_outputs=exits)
+            )
+        for made, name in zip(answers, _ANSWERS, strict=False):
             nodes.append(helper.make_node("Identity", [made], [name], name=name))
-        return helper.make_graph(nodes, "offramp", [], self._answer_infos("probabilities", "exit"), weights)
+        if not exits:
+            zero = helper.make_tensor("value", _INT, [1], [0])
+            nodes += [
+                helper.make_node("Shape", [answers[0]], ["exit/rows"], name="exit/rows", start=0, end=1),
+                helper.make_node("ConstantOfShape", ["exit/rows"], ["exit"], name="exit", value=zero),
+            ]
+        return helper.make_graph(nodes, "offramp", [], self._answer_infos(_ANSWERS), weights)
 
     def _from_stage(
         self, index: int, live: Mapping[str, str]
-    ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], tuple[str, str]]:
+    ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], tuple[str, ...]]:
         """Nodes and weights of stage `index` and all behind it, given live values under their names here.
 
-        Also the names of `probabilities [rows, K]` and `exit [rows]`.
+        Also the names of `probabilities [rows, K]` and, but for the last stage's, of `exits [rows]`, counted from this
+        one.
         """
         scope = f"stage_{index}"
-        last = index == len(self.models) - 1
-        nodes, weights = ([], []) if last else self._ask(index)
-        inner, inner_weights, names = self._inline(index, {**live, ASK: f"{scope}/ask"})
-        nodes, weights = [*nodes, *inner], [*weights, *inner_weights]
+        inner, weights, names = self._inline(index, {**live, ASK: f"{scope}/ask"})
         answer, sure = (names[n] for n in ANSWER)
-        shape, rows, exits = f"{scope}/shape", f"{scope}/rows", f"{scope}/exits"
-        nodes += [
-            helper.make_node("Shape", [answer], [shape], name=shape, start=0, end=1),
-            helper.make_node(
-                "ConstantOfShape",
-                [shape],
-                [exits],
-                name=exits,
-                value=helper.make_tensor("value", _INT, [1], [index]),
-            ),
-        ]
-        if last:
-            return nodes, weights, (answer, exits)
-        weights += [
-            numpy_helper.from_array(np.array([-1], np.int64), f"{scope}/flat"),
-            numpy_helper.from_array(np.array(0, np.int64), f"{scope}/none"),
-        ]
-        threshold, leave, stay = f"{scope}/threshold", f"{scope}/leave", f"{scope}/stay"
-        found, count, some = f"{scope}/found", f"{scope}/count", f"{scope}/some"
-        nodes += [
+        exits = len(self.models) - 1
+        if index == exits:
+            return inner, weights, (answer,)
+        weights.append(numpy_helper.from_array(np.array(np.inf, np.float32), f"{scope}/infinity"))
+        threshold, ask, leave = _threshold(index, exits), f"{scope}/ask", f"{scope}/leave"
+        stay, further, found = f"{scope}/stay", f"{scope}/further", f"{scope}/found"
+        rows, count, some = f"{scope}/rows", f"{scope}/count", f"{scope}/some"
+        nodes = [
+            helper.make_node("Less", [threshold, f"{scope}/infinity"], [ask], name=ask),
+            *inner,
             helper.make_node("GreaterOrEqual", [sure, threshold], [leave], name=leave),
             helper.make_node("Not", [leave], [stay], name=stay),
+            helper.make_node("Cast", [stay], [further], name=further, to=_INT),
             helper.make_node("NonZero", [stay], [found], name=found),
-            helper.make_node("Reshape", [found, f"{scope}/flat"], [rows], name=rows),
+            helper.make_node("Transpose", [found], [rows], name=rows),
             helper.make_node("Size", [rows], [count], name=count),
-            helper.make_node("Greater", [count, f"{scope}/none"], [some], name=some),
+            helper.make_node("Cast", [count], [some], name=some, to=TensorProto.BOOL),
         ]
         known = {**live, **{n: names[n] for n in self.specs[index].outputs}}
-        result = (f"{scope}/probabilities_all", f"{scope}/exits_all")
-        branch = helper.make_node(
-            "If",
-            [some],
-            list(result),
-            name=f"{scope}/go_on",
-            then_branch=self._go_on(index, known, rows, answer, exits),
-            else_branch=self._all_left(index, answer, exits),
-        )
-        return [*nodes, branch], weights, result
+        here = (answer, further)
+        then = self._go_on(index, known, rows, here)
+        made = tuple(f"{scope}/{name}_all" for name in _ANSWERS[: len(then.output)])
+        branches = {"then_branch": then, "else_branch": self._all_left(index, here[: len(made)])}
+        nodes.append(helper.make_node("If", [some], made, name=f"{scope}/go_on", **branches))
+        return nodes, weights, (*made, *here[len(made) :])
 
-    def _ask(self, index: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-        """The threshold of an exit, and whether any row could leave there."""
-        scope = f"stage_{index}"
-        threshold, ask = f"{scope}/threshold", f"{scope}/ask"
-        weights = [
-            numpy_helper.from_array(np.array(index, np.int64), f"{scope}/index"),
-            numpy_helper.from_array(np.array(np.inf, np.float32), f"{scope}/infinity"),
-        ]
-        nodes = [
-            helper.make_node("Gather", ["thresholds", f"{scope}/index"], [threshold], name=threshold),
-            helper.make_node("Less", [threshold, f"{scope}/infinity"], [ask], name=ask),
-        ]
-        return nodes, weights
-
-    def _go_on(self, index: int, known: Mapping[str, str], rows: str, answer: str, exits: str) -> onnx.GraphProto:
+    def _go_on(self, index: int, known: Mapping[str, str], rows: str, here: tuple[str, str]) -> onnx.GraphProto:
+        """All behind stage `index`, for the rows [n, 1] that stay, put into what that stage says of all rows."""
         scope = f"stage_{index + 1}"
         nodes = []
         live = {}
         for name in self.specs[index].carries:
             live[name] = f"{scope}/live/{name}"
-            nodes.append(helper.make_node("Gather", [known[name], rows], [live[name]], name=live[name], axis=0))
+            nodes.append(helper.make_node("GatherND", [known[name], rows], [live[name]], name=live[name]))
         inner, weights, deeper = self._from_stage(index + 1, live)
-        column, outputs = f"{scope}/column", (f"{scope}/probabilities_out", f"{scope}/exits_out")
-        axis = numpy_helper.from_array(np.array([1], np.int64), f"{scope}/axis")
-        nodes += inner
-        nodes += [
-            helper.make_node("Unsqueeze", [rows, axis.name], [column], name=column),
-            helper.make_node("ScatterND", [answer, column, deeper[0]], [outputs[0]], name=outputs[0]),
-            helper.make_node("ScatterND", [exits, column, deeper[1]], [outputs[1]], name=outputs[1]),
-        ]
-        return helper.make_graph(nodes, f"{scope}/branch", [], self._answer_infos(*outputs), [*weights, axis])
+        outputs = [f"{scope}/{name}_out" for name in _ANSWERS[: len(deeper)]]
+        put = (
+            helper.make_node("ScatterND", [whole, rows, part], [output], name=output, reduction=how)
+            for whole, part, output, how in zip(here, deeper, outputs, ("none", "add"), strict=False)
+        )
+        return helper.make_graph([*nodes, *inner, *put], f"{scope}/branch", [], self._answer_infos(outputs), weights)
 
-    def _all_left(self, index: int, answer: str, exits: str) -> onnx.GraphProto:
-        outputs = (f"stage_{index}/probabilities_left", f"stage_{index}/exits_left")
+    def _all_left(self, index: int, here: Sequence[str]) -> onnx.GraphProto:
+        outputs = [f"stage_{index}/{name}_left" for name in _ANSWERS[: len(here)]]
         nodes = [
-            helper.make_node("Identity", [answer], [outputs[0]], name=outputs[0]),
-            helper.make_node("Identity", [exits], [outputs[1]], name=outputs[1]),
+            helper.make_node("Identity", [said], [output], name=output)
+            for said, output in zip(here, outputs, strict=True)
         ]
-        return helper.make_graph(nodes, f"stage_{index}/left", [], self._answer_infos(*outputs))
+        return helper.make_graph(nodes, f"stage_{index}/left", [], self._answer_infos(outputs))
 
-    def _answer_infos(self, probabilities: str, exits: str) -> list[onnx.ValueInfoProto]:
+    def _answer_infos(self, names: Sequence[str]) -> list[onnx.ValueInfoProto]:
+        """Of probabilities and, if there are two names, exits."""
+        rows = "batch" if names[0] == _ANSWERS[0] else None
+        kinds = ((_FLOAT, [rows, self.classes]), (_INT, [rows]))
         return [
-            helper.make_tensor_value_info(
-                probabilities, _FLOAT, ["batch" if "/" not in probabilities else None, self.classes]
-            ),
-            helper.make_tensor_value_info(exits, _INT, ["batch" if "/" not in exits else None]),
+            helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in zip(names, kinds, strict=False)
         ]
 
     def _inline(
@@ -228,6 +214,11 @@ class _Builder:
         graph.node.extend(nodes)
         for value in graph.output:
             value.name = scope.names[value.name]
+
+
+def _threshold(index: int, exits: int) -> str:
+    """The value that holds an exit's threshold, [1]; of the only one it is the input itself."""
+    return f"stage_{index}/threshold" if exits > 1 else "thresholds"
 
 
 @dataclass

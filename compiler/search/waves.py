@@ -314,7 +314,7 @@ class _Searcher:
         told = (
             asdict(self.search),
             # Trials have epochs of their own, and none stops early.
-            asdict(replace(self.training, augment=None, epochs=Training.epochs, patience=Training.patience)),
+            asdict(replace(self.training, augment=None, epochs=1, patience=None)),
             self.seed,
             self.tolerance,
             sorted(FAMILIES),
