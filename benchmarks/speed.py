@@ -20,7 +20,8 @@
 Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exits chosen by FLOPs. All variants run in
 one process with the same number of threads; all ONNX Runtime sessions on one pool of them, as `share_threads` makes it,
 or with --own-pools each on its own, as without that call. In every round each answers the same batches of test rows,
-the order turned by one and every second time backwards; ratios are taken within a round. The README shows some
+the order turned by one and every second time backwards, each after a rest and a small batch that is not counted;
+ratios are taken within a round. The README shows some
 batches, the JSON file and the plot all. Every variant's disagreement with the backbone, change in accuracy and exits
 over all test rows stand beside its times. Peak memory is that of a fresh process which loads one form and answers
 batches of 32, above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by
@@ -80,6 +81,8 @@ SMALLER = {"resnet56": "resnet20", "resnet56_long": "resnet20"}
 LARGEST = {"resnet50": 32}  # batch
 PANELS = 4  # in a row of the plot
 WARM = 2  # rounds that are not counted
+REST = 0.01  # seconds; PyTorch's threads wait for more work as long, on the cores of whoever comes next
+WARM_ROWS = 8  # that each answers before its time is taken, for its weights and threads to be at hand
 SECONDS = 0.05  # of the plain backbone in a round, or one call
 JUDGED = 32  # rows at a time where the batch does not matter
 MEMORY_BATCH, MEMORY_CALLS, MEMORY_RUNS = 32, 8, 3
@@ -212,7 +215,10 @@ def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int
     seconds = np.zeros((rounds, len(sides)))
     for index in range(-WARM, rounds):
         work, order = draw(calls), np.roll(np.arange(len(sides)), index)
+        few = [{name: values[:WARM_ROWS] for name, values in work[0].items()}]
         for side in order if index % 2 else order[::-1]:
+            time.sleep(REST)
+            sides[side].seconds(few)
             took = sides[side].seconds(work)
             if index >= 0:
                 seconds[index, side] = took

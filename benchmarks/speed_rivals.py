@@ -3,6 +3,7 @@
     plain     the backbone in ONNX Runtime; a smaller static model likewise
     eager     the backbone in PyTorch under `torch.inference_mode`
     earlyon   version 0.3.0 (PyPI), the nearest peer: the same backbone, one of its heads at each of our exits
+              that is at a module's end, for it hooks modules
 
 earlyon is used as its pages say: its own heads, trained by `stage2_train_exits` on the rows our heads learned from,
 mirrored at random as its CIFAR loader does, for as many epochs as ours; temperatures fitted on the rows ours were;
@@ -134,9 +135,11 @@ def _wrapped(model: nn.Module, ready: Ready, manifest: Manifest) -> Any:
     """A copy of the model with a fresh head of earlyon's at each exit of ours."""
     library = importlib.import_module("earlyon")
     classes = manifest.classes
+    known = {name for name, _ in model.named_modules()}
     points = [
         library.ExitPoint(f"e{index}", spec.place, row_shape(ready.backbone, spec.cut)[0])
         for index, spec in enumerate(manifest.exits[:-1])
+        if spec.place in known
     ]
     heads = {point.name: library.EarlyExitHead(point.in_channels, classes) for point in points}
     config = library.EarlyExitConfig(backbone="custom", num_classes=classes, exit_points=points)
