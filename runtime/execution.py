@@ -127,19 +127,20 @@ class Segments:
                 count, left = int(confidence.item() >= limit), 1
             else:
                 leaves, left = leaving_rows(confidence, limit, waiting)
-                count = int(np.count_nonzero(leaves))
+                gone = leaves.nonzero()[0]
+                count = len(gone)
             if count == left:
                 yield whole(index, rows, waiting, probabilities, confidence)
                 return
             live = carry(stage, live, values)
             if count:
-                gone = np.flatnonzero(leaves)
-                yield ExitRows(index, gone if rows is None else rows[gone], probabilities[gone], confidence[gone])
+                known = gone if rows is None else rows.take(gone)
+                yield ExitRows(index, known, probabilities.take(gone, axis=0), confidence.take(gone))
                 waiting = ~leaves if waiting is None else waiting & ~leaves
                 if 1 - (left - count) / len(confidence) >= self._worth[index]:
-                    stays = np.flatnonzero(waiting)
+                    stays = waiting.nonzero()[0]
                     live = {name: value.take(stays, axis=0) for name, value in live.items()}
-                    rows, waiting = stays if rows is None else rows[stays], None
+                    rows, waiting = stays if rows is None else rows.take(stays), None
 
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
         live = arrays
@@ -229,7 +230,7 @@ def leaving_rows(
     confidence: np.ndarray, limit: float | np.ndarray, waiting: np.ndarray | None
 ) -> tuple[np.ndarray, int]:
     """Which live rows leave here, and how many of them have waited."""
-    leaves: np.ndarray = confidence >= np.asarray(limit, np.float32)
+    leaves: np.ndarray = confidence >= limit  # both float32, or a Python float that is one
     if waiting is None:
         return leaves, len(leaves)
     return leaves & waiting, int(np.count_nonzero(waiting))
@@ -241,7 +242,7 @@ def whole(
     """All rows that still wait leave together."""
     if waiting is None:
         return ExitRows(index, rows, probabilities, confidence)
-    gone = np.flatnonzero(waiting)
+    gone = waiting.nonzero()[0]
     return ExitRows(index, gone if rows is None else rows[gone], probabilities[gone], confidence[gone])
 
 
