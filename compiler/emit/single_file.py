@@ -169,7 +169,7 @@ class _Builder:
     def _answer_infos(self, names: Sequence[str]) -> list[onnx.ValueInfoProto]:
         """Of probabilities and, if there are two names, exits."""
         rows = "batch" if names[0] == _ANSWERS[0] else None
-        kinds = ((_FLOAT, [rows, self.classes]), (_INT, [rows]))
+        kinds: tuple[tuple[int, list[str | int | None]], ...] = ((_FLOAT, [rows, self.classes]), (_INT, [rows]))
         return [
             helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in zip(names, kinds, strict=False)
         ]
