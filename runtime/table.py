@@ -170,7 +170,19 @@ def _times(manifest: Manifest) -> str:
                 str(timing.rounds),
             )
         )
-    return f"Measured on {manifest.measured.machine}\n" + _indent(_columns(lines, left=(0,)))
+    return f"Measured on {manifest.measured.machine}\n" + _indent(_columns(lines, left=(0,))) + _advice(manifest)
+
+
+def _advice(manifest: Manifest) -> str:
+    """What to do about an artifact that takes longer than the model it stands for."""
+    slow = [str(timing.batch) for timing in manifest.measured.timings if timing.ratio > 1]
+    if not slow or manifest.measured.chosen_by is not None:
+        return ""
+    return (
+        f"\n  Slower than the plain model at batch {', '.join(slow)}: these exits were chosen by FLOPs, which a small"
+        f"\n  model's many small operators exceed. Choose by milliseconds: compile with --cost time"
+        f" --cost-batch {slow[0]},\n  or run offramp tune on the machine that serves."
+    )
 
 
 def _stages(manifest: Manifest) -> list[str]:

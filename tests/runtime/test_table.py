@@ -53,6 +53,16 @@ def changed(manifest: Manifest, **measured: object) -> Manifest:
     return dataclasses.replace(manifest, measured=dataclasses.replace(manifest.measured, **measured))  # type: ignore[arg-type]
 
 
+def test_an_artifact_slower_than_the_model_says_what_to_do(tiny: Tiny) -> None:
+    assert "Slower than" not in render(tiny.manifest)
+    slow = tuple(dataclasses.replace(timing, ratio=1.01) for timing in tiny.manifest.measured.timings)
+    text = render(changed(tiny.manifest, timings=slow))
+    assert "Slower than the plain model at batch 1, 32: these exits were chosen by FLOPs" in text
+    assert "--cost time --cost-batch 1," in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert "Slower than" not in render(changed(tiny.manifest, timings=slow, chosen_by="batch 1, 2 threads"))
+
+
 def test_what_is_not_known_is_left_out(tiny: Tiny) -> None:
     good = tuple(t for t in tiny.manifest.measured.timings if t.batch == 32)
     assert "where it went" not in render(changed(tiny.manifest, timings=good))
