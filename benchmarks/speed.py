@@ -362,7 +362,7 @@ def plot(results: Sequence[Mapping[str, Any]]) -> None:
     for axes in panels.flat[len(results) :]:
         axes.set_visible(False)
     shown = [item for item in TITLES.items() if item[0] not in ("plain", "heads_alone")]
-    colours, lines = plt.get_cmap("tab10"), dict[str, Any]()
+    colours, lines = plt.get_cmap("Paired"), dict[str, Any]()
     for axes, result in zip(panels.flat, results, strict=False):
         axes.axhline(1, color="grey", linewidth=0.8)
         for index, (name, label) in enumerate(shown):
