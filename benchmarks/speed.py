@@ -18,9 +18,9 @@
     smaller      ResNet-20 in ONNX Runtime in place of ResNet-56
 
 Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exits chosen for speed: by
-`--cost time --cost-batch 1`, on this machine. All variants run in
-one process with the same number of threads; all ONNX Runtime sessions on one pool of them, as `share_threads` makes it,
-or with --own-pools each on its own, as without that call. In every round each answers the same batches of test rows,
+`--cost time --cost-batch 1`, on this machine. All variants run in one process with the same number of threads; all
+ONNX Runtime sessions on one pool of them, as `share_threads` makes it, or with --own-pools each on its own, as without
+that call. In every round each answers the same batches of test rows,
 the order turned by one and every second time backwards, each after a rest and a small batch that is not counted;
 ratios are taken within a round. The README shows some
 batches, the JSON file and the plot all. Every variant's disagreement with the backbone, change in accuracy and exits

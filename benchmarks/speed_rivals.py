@@ -6,7 +6,7 @@
               that is at a module's end, for it hooks modules
 
 earlyon is used as its pages say: its own heads, trained by `stage2_train_exits` on the rows our heads learned from,
-mirrored at random as its CIFAR loader does, for as many epochs as ours; temperatures fitted on the rows ours were;
+mirrored at random as its CIFAR loader does, for as many epochs as the results say; temperatures fitted on the rows ours were;
 thresholds from `calibrate_thresholds` on the rows that our exits were chosen and certified on, asked for the accuracy
 that our artifact loses on the test rows. It learns and calibrates from labels, which ours never sees. One row is
 answered by `mode="inference"`, more by `forward_inference_batched`, under which all rows of a batch leave together:
@@ -132,7 +132,7 @@ def earlyon(
 
 
 def _wrapped(model: nn.Module, ready: Ready, manifest: Manifest) -> Any:
-    """A copy of the model with a fresh head of earlyon's at each exit of ours."""
+    """A copy of the model with a fresh head of earlyon's at each exit of ours that ends a module."""
     library = importlib.import_module("earlyon")
     classes = manifest.classes
     known = {name for name, _ in model.named_modules()}

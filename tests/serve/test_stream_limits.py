@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from stream_help import check, opened, read, send
@@ -88,7 +88,7 @@ def test_what_is_delivered_together_is_looked_at_and_sent_together() -> None:
         def send(self) -> None:
             done.append((self.name, "sent"))
 
-    streams: Any = Streams(None, None, None, Settings())  # type: ignore[arg-type]
+    streams = cast(Any, Streams)(None, None, None, Settings())
     streams._loop = SimpleNamespace(call_soon_threadsafe=calls.append)
     one, two = Socket("one"), Socket("two")
     for socket_, row in ((one, "a"), (two, "b"), (one, "c")):
