@@ -6,10 +6,10 @@
               that is at a module's end, for it hooks modules
 
 earlyon is used as its pages say: its own heads, trained by `stage2_train_exits` on the rows our heads learned from,
-mirrored at random as its CIFAR loader does, for as many epochs as the results say; temperatures fitted on the rows ours were;
-thresholds from `calibrate_thresholds` on the rows that our exits were chosen and certified on, asked for the accuracy
-that our artifact loses on the test rows. It learns and calibrates from labels, which ours never sees. One row is
-answered by `mode="inference"`, more by `forward_inference_batched`, under which all rows of a batch leave together:
+mirrored at random as its CIFAR loader does, for as many epochs as the results say; temperatures fitted on the rows ours
+were; thresholds from `calibrate_thresholds` on the rows that our exits were chosen and certified on, asked for the
+accuracy that our artifact loses on the test rows. It learns and calibrates from labels, which ours never sees. One row
+is answered by `mode="inference"`, more by `forward_inference_batched`, under which all rows of a batch leave together:
 what it answers depends on the batch, so its errors are told for every batch size. Its wrapper is put together here as
 its `custom_ee` does, whose module cannot be imported without torchvision.
 """
