@@ -21,7 +21,7 @@ Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exi
 --cost-batch 1`, on this machine. All variants run in one process with the same number of threads; all ONNX Runtime
 sessions on one pool of them, as `share_threads` makes it, or with --own-pools each on its own, as without that call. In
 every round each answers the same batches of test rows, the order turned by one and every second time backwards, each
-after a rest and a small batch that is not counted; ratios are taken within a round. The README shows some batches, the
+after a rest and a small batch that is not counted; ratios are taken within a round, those to the ideal too. The README shows some batches, the
 JSON file and the plot all. Every variant's disagreement with the backbone, change in accuracy and exits over all test
 rows stand beside its times. Peak memory is that of a fresh process which loads one form and answers batches of 32,
 above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by `onnx.save_model(...,
@@ -76,6 +76,11 @@ TITLES = {
     "smaller": "smaller model",
 }  # fmt: skip
 SHOWN = (1, 8, 32, 128)  # batches
+LIMITS = {  # what the executors themselves cost: of whom, by what name, as a quotient within a round
+    "segments over the ideal": ("segments", "over_ideal"),
+    "single file over the ideal": ("single_file", "over_ideal"),
+    "none leaves, beyond the heads": ("none_leaves", "beyond_heads"),
+}
 RIVALLED = ("resnet20", "resnet56", "resnet56_long")  # by earlyon
 SMALLER = {"resnet56": "resnet20", "resnet56_long": "resnet20"}
 LARGEST = {"resnet50": 32}  # batch
@@ -228,6 +233,10 @@ def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int
         name: {**_spread("ms", each[:, side]), **_spread("ratio", ratios[:, side])}
         for side, name in enumerate(variants)
     }
+    of = {name: seconds[:, side] for side, name in enumerate(variants)}
+    for name in ("segments", "single_file"):
+        told[name] |= _spread("over_ideal", of[name] / of["ideal"])
+    told["none_leaves"] |= _spread("beyond_heads", (of["none_leaves"] - of["heads_alone"]) / of["plain"])
     return {"batch": batch, "calls": calls, "variants": told}
 
 
@@ -317,6 +326,20 @@ def time_table(results: Sequence[Mapping[str, Any]]) -> str:
     return markdown(("task", "plain, ms per row", *(TITLES[name] for name in others)), rows)
 
 
+def limits_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """What the executors take beyond the stages' own time and the heads', at every batch."""
+    sizes = sorted({one["batch"] for result in results for one in result["batches"]})
+    rows = []
+    for result in results:
+        of = {one["batch"]: one["variants"] for one in result["batches"]}
+        for label, (name, key) in LIMITS.items():
+            seen = [of[size][name].get(key) if size in of else None for size in sizes]
+            if any(value is not None for value in seen):
+                cells = ["" if value is None else f"{(value - 1) * 100:.1f} %" for value in seen]
+                rows.append([f"{title(result)}: {label}", *cells])
+    return markdown(("beyond what the models take, at batch", *map(str, sizes)), rows)
+
+
 def answer_table(results: Sequence[Mapping[str, Any]]) -> str:
     """What the variants answer on the test rows; those that answer alike share a line."""
     rows = []
@@ -347,7 +370,7 @@ def memory_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def tables(results: Sequence[Mapping[str, Any]]) -> str:
     """The README's."""
-    return "\n\n".join(table(results) for table in (time_table, answer_table, memory_table))
+    return "\n\n".join(table(results) for table in (time_table, limits_table, answer_table, memory_table))
 
 
 def plot(results: Sequence[Mapping[str, Any]]) -> None:
