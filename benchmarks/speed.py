@@ -21,12 +21,12 @@ Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exi
 --cost-batch 1`, on this machine. All variants run in one process with the same number of threads; all ONNX Runtime
 sessions on one pool of them, as `share_threads` makes it, or with --own-pools each on its own, as without that call. In
 every round each answers the same batches of test rows, the order turned by one and every second time backwards, each
-after a rest and a small batch that is not counted; ratios are taken within a round, those to the ideal too. The README shows some batches, the
-JSON file and the plot all. Every variant's disagreement with the backbone, change in accuracy and exits over all test
-rows stand beside its times. Peak memory is that of a fresh process which loads one form and answers batches of 32,
-above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by `onnx.save_model(...,
-save_as_external_data=True)`, in a plain session. Writes benchmarks/results/speed.json after each task, keeping tasks
-that are not asked for, the README's tables and docs/speed.svg.
+after a rest and a small batch that is not counted; ratios are taken within a round, those to the ideal too. The README
+shows some batches, the JSON file and the plot all. Every variant's disagreement with the backbone, change in accuracy
+and exits over all test rows stand beside its times. Peak memory is that of a fresh process which loads one form and
+answers batches of 32, above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by
+`onnx.save_model(..., save_as_external_data=True)`, in a plain session. Writes benchmarks/results/speed.json after each
+task, keeping tasks that are not asked for, the README's tables and docs/speed.svg.
 """
 
 from __future__ import annotations
