@@ -47,12 +47,12 @@ def check_tolerance(tolerance: float | np.ndarray | None, rows: int, manifest: M
 def name_arrays(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
     """An array, or a mapping of arrays with exactly `names` -> the mapping in the order of `names`."""
     if isinstance(batch, Mapping):
-        missing = [name for name in names if name not in batch]
-        unknown = [name for name in batch if name not in names]
-        if missing or unknown:
+        arrays = {name: batch[name] for name in names if name in batch}
+        if not len(arrays) == len(batch) == len(names):
+            missing = [name for name in names if name not in batch]
+            unknown = [name for name in batch if name not in names]
             wrong = f"{'missing' if missing else 'unknown'}: {', '.join(map(repr, missing or unknown))}"
             raise InputError(f"inputs {wrong}; the model takes {', '.join(names)}")
-        arrays = {name: batch[name] for name in names}
     elif len(names) == 1:
         arrays = {names[0]: batch}
     else:
@@ -68,18 +68,19 @@ def check_arrays(arrays: Mapping[str, np.ndarray], inputs: Sequence[TensorSpec])
     sizes: dict[str, tuple[int, str]] = {}
     for spec in inputs:
         array = arrays[spec.name]
+        shape, wanted = array.shape, spec.shape
         # `dtype.name` is computed anew each time it is asked for; the comparison is not.
         if array.dtype != _dtype(spec.dtype):
             raise InputError(
                 f"input {spec.name!r} is {array.dtype}, the model takes {spec.dtype}; "
                 f"convert it with .astype({spec.dtype!r})"
             )
-        if array.shape[1:] == spec.shape[1:] and array.shape:
-            _agree(sizes, "batch", array.shape[0], spec.name)
+        if shape[1:] == wanted[1:] and shape:
+            _agree(sizes, "batch", shape[0], spec.name)
             continue
-        if len(array.shape) != len(spec.shape):
+        if len(shape) != len(wanted):
             raise InputError(_misshapen(spec, array))
-        for size, expected in zip(array.shape, spec.shape, strict=True):
+        for size, expected in zip(shape, wanted, strict=True):
             if isinstance(expected, int):
                 if size != expected:
                     raise InputError(_misshapen(spec, array))
@@ -102,7 +103,8 @@ _dtype = functools.cache(np.dtype)
 
 def check_finite(array: np.ndarray, name: str, first_row: int = 0) -> None:
     """Refuse NaN and infinity; `first_row` is what the array's first row is called."""
-    if array.dtype.kind not in "fc" or bool(np.isfinite(array).all()):
+    # `array.all()` goes the long way round, through Python.
+    if array.dtype.kind not in "fc" or np.logical_and.reduce(np.isfinite(array), axis=None):
         return
     bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
     row = first_row + int(np.argmax(bad))

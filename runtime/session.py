@@ -242,12 +242,14 @@ def _joined(parts: Sequence[ExitRows], rows: int) -> Answers:
     """Those of a whole batch. At once, for between stages every call of numpy's costs microseconds."""
     if parts[0].rows is None:
         return _answers(parts[0])
-    order = np.concatenate([part.rows for part in parts if part.rows is not None])
-    found = np.concatenate([part.probabilities for part in parts])
-    answers = _empty(rows, found.shape[1])
-    answers.probabilities[order] = found
-    answers.confidence[order] = np.concatenate([part.confidence for part in parts])
-    answers.exits[order] = np.repeat([part.exit for part in parts], [len(part.confidence) for part in parts])
+    classes = parts[0].probabilities.shape[1]
+    answers = _empty(rows, classes)
+    answers.exits.fill(parts[-1].exit)
+    for part in parts:
+        answers.probabilities[part.rows] = part.probabilities
+        answers.confidence[part.rows] = part.confidence
+        if part is not parts[-1]:
+            answers.exits[part.rows] = part.exit
     answers.probabilities.argmax(axis=1, out=answers.classes)
     return answers
 

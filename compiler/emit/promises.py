@@ -1,8 +1,11 @@
-"""Operators whose translation to ONNX does not keep what torch promises, written so that it does.
+"""Operators whose translation to ONNX breaks what torch promises, or is slow, written so that it does neither.
 
 `scaled_dot_product_attention` gives zeros to a query whose mask leaves it nothing to attend to: a padded token under
 a sliding window. Its translation gives such a query the average over all keys. No answer of the backbone reads it,
-but a head that pools over tokens does.
+but a head that pools over tokens does. It also looks for NaN in every weight of attention, of which there is none once
+such queries are cared for, and turns the keys by two reshapes.
+
+`gelu` is fused into one operator by ONNX Runtime if it is x/2 times (1 + erf), not x times half of it.
 
 `add` of a tiny number: the exporter's optimizer takes a constant within 1e-8 of zero for zero and drops the addition.
 A norm with an epsilon that small then divides nothing by nothing for a token of zeros.
@@ -17,6 +20,7 @@ leaves it nothing to merge.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,19 +50,48 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    *rest: Any,
-    **more: Any,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
     """As `aten.scaled_dot_product_attention`: `[..., T, D]` attends to `[..., S, D]` under a mask `[..., T, S]`."""
-    given = (query, key, value) if query.dim() == 4 else tuple(_four(part) for part in (query, key, value))
-    mask = attn_mask
-    if mask is not None and query.dim() != 4:
+    four, mask = query.dim() == 4, attn_mask
+    q, k, v = (part if four else _four(part) for part in (query, key, value))
+    if mask is not None and not four:
         mask = _four(mask.expand(*query.shape[:-2], *mask.shape[-2:]))
-    result: torch.Tensor = aten.scaled_dot_product_attention.default(*given, mask, *rest, **more)
-    if mask is not None:
-        allowed = mask if mask.dtype == torch.bool else mask > -torch.inf
-        result = torch.where(allowed.any(-1, keepdim=True), result, 0.0)
-    return result.reshape(*query.shape[:-1], value.shape[-1]) if query.dim() != 4 else result
+    if is_causal or enable_gqa or dropout_p:
+        result: torch.Tensor = aten.scaled_dot_product_attention.default(
+            q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        if mask is not None:
+            allowed = mask if mask.dtype == torch.bool else mask > -torch.inf
+            result = torch.where(allowed.any(-1, keepdim=True), result, 0.0)
+    else:
+        result = _attended(q, k, v, mask, query.size(-1) ** -0.5 if scale is None else scale)
+    return result if four else result.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    scores = (query * scale) @ key.transpose(-1, -2)  # scaled before: float16 would not hold larger ones
+    if mask is None:
+        return scores.softmax(-1) @ value
+    least = -torch.inf
+    if mask.dtype == torch.bool:
+        least = torch.finfo(scores.dtype).min  # not infinity: where it is all there is, the difference is not NaN
+        mask = torch.where(mask, 0.0, least)
+    result = (scores + mask).softmax(-1) @ value
+    return torch.where(mask.amax(-1, keepdim=True) > least, result, 0.0)
+
+
+def gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """As `aten.gelu`."""
+    if approximate != "none":
+        return torch.nn.functional.gelu(x, approximate=approximate)
+    return x * 0.5 * (torch.erf(x / math.sqrt(2)) + 1.0)
 
 
 def _four(x: torch.Tensor) -> torch.Tensor:
@@ -108,6 +141,7 @@ _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 _MAX_POOLS = (aten.max_pool2d.default, aten.max_pool2d_with_indices.default, aten.max_pool1d.default)
 _PROMISES: Mapping[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: attention,
+    aten.gelu.default: gelu,
     aten.add.Tensor: add,
     aten.rsub.Scalar: rsub,
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -98,6 +101,53 @@ def test_attention_over_any_number_of_dimensions(dimensions: int, masked: bool) 
     torch.manual_seed(0)
     x = torch.randn(8, TOKENS, 4, generator=torch.Generator().manual_seed(1))
     assert_same_in_onnx(Blocks(dimensions, masked), x=x)
+
+
+class Attends(nn.Module):
+    """Two heads, with what else attention may be told."""
+
+    def __init__(self, **told: bool | float) -> None:
+        super().__init__()
+        self.mix, self.last, self.told = nn.Linear(4, 24), nn.Linear(4, 3), told
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.mix(x).unflatten(-1, (2, 12)).transpose(1, 2).chunk(3, dim=-1)
+        if self.told.get("enable_gqa"):
+            key, value = key[:, :1], value[:, :1]
+        return self.last(F.scaled_dot_product_attention(query, key, value, **self.told).mean((1, 2)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("told", [{}, {"scale": 3.0}, {"is_causal": True}, {"enable_gqa": True}], ids=str)
+def test_attention_as_it_is_told(told: dict[str, bool | float]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, TOKENS, 4, generator=torch.Generator().manual_seed(1))
+    assert_same_in_onnx(Attends(**told), x=x)
+
+
+class Bent(nn.Module):
+    def __init__(self, approximate: str) -> None:
+        super().__init__()
+        self.mix, self.bend, self.last = nn.Linear(6, 8), nn.GELU(approximate), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.bend(self.mix(x)))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu(approximate: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    assert_same_in_onnx(Bent(approximate), x=x * 3)
+
+
+def test_onnxruntime_fuses_gelu(tmp_path: Path) -> None:
+    backbone = captured(Bent("none").eval(), x=torch.randn(8, 6))
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    ort.InferenceSession(backbone_model(backbone).proto, options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node}
+    assert operators & {"Gelu", "BiasGelu"}
+    assert "Erf" not in operators
 
 
 class Less(nn.Module):
