@@ -59,12 +59,21 @@ METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class ExitRows:
-    """Rows that leave together."""
+    """Rows that an exit answers, and which of them leave there; what goes on gets its answer from a later exit."""
 
     exit: int
     rows: np.ndarray | None  # [n] int64, indices into the batch; None: the whole batch
     probabilities: np.ndarray  # [n, K] float32
     confidence: np.ndarray  # [n] float32
+    gone: np.ndarray | None = None  # indices into the n that leave; None: all
+
+    def leaving(self) -> ExitRows:
+        """Those alone that leave."""
+        gone = self.gone
+        if gone is None:
+            return self
+        known = gone if self.rows is None else self.rows.take(gone)
+        return ExitRows(self.exit, known, self.probabilities.take(gone, axis=0), self.confidence.take(gone))
 
 
 class Executor(Protocol):
@@ -134,8 +143,9 @@ class Segments:
                 return
             live = carry(stage, live, values)
             if count:
-                known = gone if rows is None else rows.take(gone)
-                yield ExitRows(index, known, probabilities.take(gone, axis=0), confidence.take(gone))
+                # Rows that go on are answered again, so whoever wants them all together need not take any out here.
+                said = ExitRows(index, rows, probabilities, confidence, gone)
+                yield said if waiting is None else said.leaving()
                 waiting = ~leaves if waiting is None else waiting & ~leaves
                 if 1 - (left - count) / len(confidence) >= self._worth[index]:
                     stays = waiting.nonzero()[0]

@@ -148,10 +148,11 @@ class Session:
         """
         arrays, rows, limits, executor = self._prepare(batch, tolerance, thresholds)
         parts = []
-        for leaving in executor.answer(arrays, limits) if rows else ():
+        for part in executor.answer(arrays, limits) if rows else ():
             if on_exit is not None:
+                leaving = part.leaving()
                 on_exit(_indices(leaving), _answers(leaving))
-            parts.append(leaving)
+            parts.append(part)
         return _joined(parts, rows) if parts else _empty(0, self.classes)
 
     def stream(
@@ -227,9 +228,10 @@ def _floats(limits: np.ndarray) -> Thresholds:
     return tuple(limits.tolist())
 
 
-def _stream(leaving: Iterator[ExitRows]) -> Iterator[tuple[np.ndarray, Answers]]:
-    for rows in leaving:
-        yield _indices(rows), _answers(rows)
+def _stream(parts: Iterator[ExitRows]) -> Iterator[tuple[np.ndarray, Answers]]:
+    for part in parts:
+        leaving = part.leaving()
+        yield _indices(leaving), _answers(leaving)
 
 
 def _answers(leaving: ExitRows) -> Answers:
@@ -239,19 +241,24 @@ def _answers(leaving: ExitRows) -> Answers:
 
 
 def _joined(parts: Sequence[ExitRows], rows: int) -> Answers:
-    """Those of a whole batch. At once, for between stages every call of numpy's costs microseconds."""
-    if parts[0].rows is None:
-        return _answers(parts[0])
-    classes = parts[0].probabilities.shape[1]
-    answers = _empty(rows, classes)
-    answers.exits.fill(parts[-1].exit)
-    for part in parts:
-        answers.probabilities[part.rows] = part.probabilities
-        answers.confidence[part.rows] = part.confidence
-        if part is not parts[-1]:
-            answers.exits[part.rows] = part.exit
-    answers.probabilities.argmax(axis=1, out=answers.classes)
-    return answers
+    """Those of a whole batch: each exit's written over those of the exits before, for rows that go on are asked again.
+
+    At once, for between stages every call of numpy's costs microseconds.
+    """
+    first, later = parts[0], parts[1:]
+    if not later:
+        return _answers(first)
+    probabilities, confidence = first.probabilities, first.confidence
+    if first.rows is not None:
+        later = parts
+        probabilities, confidence = (
+            np.empty((rows, *known.shape[1:]), np.float32) for known in (probabilities, confidence)
+        )
+    exits = np.full(rows, first.exit, np.int64)
+    for part in later:
+        probabilities[part.rows], confidence[part.rows] = part.probabilities, part.confidence
+        exits[part.rows] = part.exit
+    return Answers(probabilities.argmax(axis=1), probabilities, exits, confidence)
 
 
 def _indices(leaving: ExitRows) -> np.ndarray:
