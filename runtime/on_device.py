@@ -28,10 +28,13 @@ from .execution import (
     ExitRows,
     Stage,
     Thresholds,
+    WholeBatch,
     carry,
     chain,
+    joined,
     leaving_rows,
     limits_of,
+    rows_of,
     whole,
 )
 from .gather import ROWS, gather_model, kind_of
@@ -52,7 +55,7 @@ class OnDevice:
         self._yes, self._no = upload(np.array(True), HOST), upload(np.array(False), HOST)
 
     def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
-        count = _rows(arrays)  # live rows, first in every live value; padding follows
+        count = rows_of(arrays)  # live rows, first in every live value; padding follows
         buckets = buckets_for(count, self._measured)
         size = buckets.fit(count)
         live = self._upload(arrays, size)
@@ -86,8 +89,11 @@ class OnDevice:
                 rows, waiting = stays if rows is None else rows[stays], None
                 count, size = len(stays), smaller
 
+    def answer_together(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> WholeBatch:
+        return joined(list(self.answer(arrays, thresholds)), rows_of(arrays))
+
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
-        count = _rows(arrays)
+        count = rows_of(arrays)
         live = self._upload(arrays, buckets_for(count, self._measured).fit(count))
         for index, stage in enumerate(self._stages):
             live, answers, confidence = self._ask(stage, live)
@@ -140,10 +146,6 @@ def _compaction(manifest: Manifest, stages: Sequence[Stage]) -> list[EngineSessi
         for kinds in dict.fromkeys(passed)
     }
     return [made[kinds] for kinds in passed]
-
-
-def _rows(arrays: Arrays) -> int:
-    return len(next(iter(arrays.values())))
 
 
 def _padded(array: np.ndarray, size: int) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 from .artifact import Artifact, open_artifact
 from .engine import EngineSession, choose_providers, device_of, start_sessions
 from .errors import UsageError
-from .execution import Executor, ExitRows, Segments, SingleFile, Thresholds
+from .execution import Executor, ExitRows, Segments, SingleFile, Thresholds, WholeBatch, joined
 from .inputs import Batch, check_batch, check_tolerance
 from .manifest import Manifest, Plan, TensorSpec
 from .on_device import OnDevice
@@ -147,13 +147,16 @@ class Session:
         `on_exit(rows, answers)` is called with the rows of each exit as soon as they are answered.
         """
         arrays, rows, limits, executor = self._prepare(batch, tolerance, thresholds)
+        if not rows:
+            return _empty(self.classes)
+        if on_exit is None:
+            return _whole(executor.answer_together(arrays, limits))
         parts = []
-        for part in executor.answer(arrays, limits) if rows else ():
-            if on_exit is not None:
-                leaving = part.leaving()
-                on_exit(_indices(leaving), _answers(leaving))
+        for part in executor.answer(arrays, limits):
+            leaving = part.leaving()
+            on_exit(_indices(leaving), _answers(leaving))
             parts.append(part)
-        return _joined(parts, rows) if parts else _empty(0, self.classes)
+        return _whole(joined(parts, rows))
 
     def stream(
         self,
@@ -240,35 +243,15 @@ def _answers(leaving: ExitRows) -> Answers:
     return Answers(leaving.probabilities.argmax(axis=1), leaving.probabilities, exits, leaving.confidence)
 
 
-def _joined(parts: Sequence[ExitRows], rows: int) -> Answers:
-    """Those of a whole batch: each exit's written over those of the exits before, for rows that go on are asked again.
-
-    At once, for between stages every call of numpy's costs microseconds.
-    """
-    first, later = parts[0], parts[1:]
-    if not later:
-        return _answers(first)
-    probabilities, confidence = first.probabilities, first.confidence
-    if first.rows is not None:
-        later = parts
-        probabilities, confidence = (
-            np.empty((rows, *known.shape[1:]), np.float32) for known in (probabilities, confidence)
-        )
-    exits = np.full(rows, first.exit, np.int64)
-    for part in later:
-        probabilities[part.rows], confidence[part.rows] = part.probabilities, part.confidence
-        exits[part.rows] = part.exit
-    return Answers(probabilities.argmax(axis=1), probabilities, exits, confidence)
+def _whole(batch: WholeBatch) -> Answers:
+    return Answers(batch.probabilities.argmax(axis=1), batch.probabilities, batch.exits, batch.confidence)
 
 
 def _indices(leaving: ExitRows) -> np.ndarray:
     return np.arange(len(leaving.confidence)) if leaving.rows is None else leaving.rows
 
 
-def _empty(rows: int, classes: int) -> Answers:
+def _empty(classes: int) -> Answers:
     return Answers(
-        np.empty(rows, np.int64),
-        np.empty((rows, classes), np.float32),
-        np.empty(rows, np.int64),
-        np.empty(rows, np.float32),
+        np.empty(0, np.int64), np.empty((0, classes), np.float32), np.empty(0, np.int64), np.empty(0, np.float32)
     )

@@ -82,7 +82,7 @@ def _attended(
     least = -torch.inf
     if mask.dtype == torch.bool:
         least = torch.finfo(scores.dtype).min  # not infinity: where it is all there is, the difference is not NaN
-        mask = torch.where(mask, 0.0, least)
+        mask = torch.where(mask, 0.0, least).to(scores.dtype)
     result = (scores + mask).softmax(-1) @ value
     return torch.where(mask.amax(-1, keepdim=True) > least, result, 0.0)
 
