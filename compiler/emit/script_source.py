@@ -174,8 +174,10 @@ class _Writer:
         if node.op != "call_function":
             raise ValueError(f"{node.op} {node.target} has no form there")
         if node.target in _SCALARS:
-            template = _SCALARS[node.target]
-            return f"{node.name} = {template.format(*(self.value(a, 'number') for a in node.args))}"
+            result = _SCALARS[node.target].format(*(self.value(a, "number") for a in node.args))
+            if node.target is operator.pow:  # of two integers is a float in TorchScript, and no size
+                result = f"{_PYTHON_TYPES[type(node.meta['val'])]}({result})"
+            return f"{node.name} = {result}"
         if node.target in _ITEMS:  # an operator's own result is a number of no stated type, and no size
             return f"{node.name} = {_PYTHON_TYPES[type(node.meta['val'])]}({self.value(node.args[0], 'Tensor')})"
         return f"{node.name} = {self.call(node)}"

@@ -119,7 +119,7 @@ def test_the_eager_answers(model: Scripted, plan: str, count: int) -> None:
 
 
 class Sequences(nn.Module):
-    """Two layers over sequences of any length; positions and lengths are asked for everywhere."""
+    """Two layers over sequences of any length; positions, lengths and squares of them are asked for everywhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,8 @@ class Sequences(nn.Module):
         weight = torch.full((length, length), 1.0 / length).tril()
         for layer in self.mix:
             x = torch.relu(layer(weight @ x)).reshape(ids.shape[0], length * 8).reshape(-1, length, 8)
-        return self.last(F.pad(x, (0, 0, 0, 2)).sum(1) / length)
+        alike = (x @ x.transpose(1, 2)).reshape(ids.shape[0], length**2).mean(1)
+        return self.last(F.pad(x, (0, 0, 0, 2)).sum(1) / length + alike[:, None])
 
 
 def test_a_second_free_dimension() -> None:
