@@ -228,12 +228,11 @@ def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int
             if index >= 0:
                 seconds[index, side] = took
     each = seconds * 1e3 / (calls * batch)
-    ratios = seconds / seconds[:, [list(variants).index("plain")]]
+    of = {name: seconds[:, side] for side, name in enumerate(variants)}
     told = {
-        name: {**_spread("ms", each[:, side]), **_spread("ratio", ratios[:, side])}
+        name: {**_spread("ms", each[:, side]), **_spread("ratio", of[name] / of["plain"])}
         for side, name in enumerate(variants)
     }
-    of = {name: seconds[:, side] for side, name in enumerate(variants)}
     for name in ("segments", "single_file"):
         told[name] |= _spread("over_ideal", of[name] / of["ideal"])
     told["none_leaves"] |= _spread("beyond_heads", (of["none_leaves"] - of["heads_alone"]) / of["plain"])

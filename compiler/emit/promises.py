@@ -61,30 +61,21 @@ def attention(
     q, k, v = (part if four else _four(part) for part in (query, key, value))
     if mask is not None and not four:
         mask = _four(mask.expand(*query.shape[:-2], *mask.shape[-2:]))
+    least = -torch.inf
+    if mask is not None and mask.dtype == torch.bool:
+        least = torch.finfo(q.dtype).min  # not infinity: where it is all there is, the difference is not NaN
+        mask = torch.where(mask, 0.0, least).to(q.dtype)
     if is_causal or enable_gqa or dropout_p:
         result: torch.Tensor = aten.scaled_dot_product_attention.default(
             q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        if mask is not None:
-            allowed = mask if mask.dtype == torch.bool else mask > -torch.inf
-            result = torch.where(allowed.any(-1, keepdim=True), result, 0.0)
     else:
-        result = _attended(q, k, v, mask, query.size(-1) ** -0.5 if scale is None else scale)
+        # Scaled before they are multiplied: float16 would not hold larger ones.
+        scores = q * (q.size(-1) ** -0.5 if scale is None else scale) @ k.transpose(-1, -2)
+        result = (scores if mask is None else scores + mask).softmax(-1) @ v
+    if mask is not None:
+        result = torch.where(mask.amax(-1, keepdim=True) > least, result, 0.0)
     return result if four else result.reshape(*query.shape[:-1], value.shape[-1])
-
-
-def _attended(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    scores = (query * scale) @ key.transpose(-1, -2)  # scaled before: float16 would not hold larger ones
-    if mask is None:
-        return scores.softmax(-1) @ value
-    least = -torch.inf
-    if mask.dtype == torch.bool:
-        least = torch.finfo(scores.dtype).min  # not infinity: where it is all there is, the difference is not NaN
-        mask = torch.where(mask, 0.0, least).to(scores.dtype)
-    result = (scores + mask).softmax(-1) @ value
-    return torch.where(mask.amax(-1, keepdim=True) > least, result, 0.0)
 
 
 def gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
