@@ -7,6 +7,7 @@ size, two inputs that disagree on the batch or on a named dimension, NaN or infi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,10 +21,32 @@ Batch = np.ndarray | Mapping[str, np.ndarray]
 
 def check_batch(batch: Any, inputs: Sequence[TensorSpec]) -> tuple[dict[str, np.ndarray], int]:
     """-> arrays by name, and the number of rows; values are checked too."""
-    arrays = name_arrays(batch, [spec.name for spec in inputs])
-    rows = check_arrays(arrays, inputs)
+    arrays, rows = _as_usual(batch, inputs)
+    if arrays is None:
+        arrays = name_arrays(batch, [spec.name for spec in inputs])
+        rows = check_arrays(arrays, inputs)
     for name, array in arrays.items():
         check_finite(array, name)
+    return arrays, rows
+
+
+def _as_usual(batch: Any, inputs: Sequence[TensorSpec]) -> tuple[dict[str, np.ndarray] | None, int]:
+    """Arrays and rows of a batch that is seen at a glance to be right; None for one that must be looked at closely.
+
+    A glance takes 4 microseconds less, and before every batch of a small model that is a hundredth of its time.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    rows = -1
+    if type(batch) is not dict or len(batch) != len(inputs):
+        return None, rows
+    for spec in inputs:
+        array = batch.get(spec.name)
+        if type(array) is not np.ndarray or array.dtype != _dtype(spec.dtype) or array.shape[1:] != spec.shape[1:]:
+            return None, rows
+        if not array.ndim or len(array) != rows != -1:
+            return None, rows
+        arrays[spec.name] = array
+        rows = len(array)
     return arrays, rows
 
 
@@ -103,12 +126,21 @@ _dtype = functools.cache(np.dtype)
 
 def check_finite(array: np.ndarray, name: str, first_row: int = 0) -> None:
     """Refuse NaN and infinity; `first_row` is what the array's first row is called."""
-    # `array.all()` goes the long way round, through Python.
-    if array.dtype.kind not in "fc" or np.logical_and.reduce(np.isfinite(array), axis=None):
+    if _is_finite(array):
         return
     bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
     row = first_row + int(np.argmax(bad))
     raise InputError(f"input {name!r} holds NaN or infinity, first in row {row}; clean or drop such rows")
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    if array.dtype.kind != "f":
+        return array.dtype.kind != "c" or bool(np.isfinite(array).all())
+    if not array.size:
+        return True
+    # NaN counts as the largest number there is, and as the smallest. Between two calls of ONNX Runtime's
+    # `isfinite(array).all()` takes 15 microseconds longer, a thirtieth of a small model's time.
+    return math.isfinite(array.item(array.argmax())) and math.isfinite(array.item(array.argmin()))
 
 
 def _misshapen(spec: TensorSpec, array: np.ndarray) -> str:

@@ -32,8 +32,8 @@ from .execution import (
     carry,
     chain,
     joined,
-    leaving_rows,
     limits_of,
+    parted,
     rows_of,
     whole,
 )
@@ -60,7 +60,7 @@ class OnDevice:
         size = buckets.fit(count)
         live = self._upload(arrays, size)
         rows: np.ndarray | None = None  # of the batch, by live row; None: all, in order
-        waiting: np.ndarray | None = None  # live rows not answered yet; None: all
+        waiting: np.ndarray | None = None  # live rows not answered yet, ascending; None: all
         last = len(self._stages) - 1
         each = thresholds if isinstance(thresholds, np.ndarray) else None  # [rows, exits - 1]
         for index, stage in enumerate(self._stages):
@@ -72,19 +72,17 @@ class OnDevice:
                 continue
             live, answers, padded = self._ask(stage, live)
             confidence = padded[:count]
-            leaves, left = leaving_rows(confidence, limit, waiting)
-            gone = np.flatnonzero(leaves)
-            if index == last or len(gone) == left:
+            gone, stays = parted(confidence, limit, waiting)
+            if index == last or gone is None:
                 yield whole(index, rows, waiting, download(answers)[:count], confidence)
                 return
-            if not len(gone):
+            if stays is None:
                 continue
             probabilities = download(answers)[gone]
             yield ExitRows(index, gone if rows is None else rows[gone], probabilities, confidence[gone])
-            waiting = ~leaves if waiting is None else waiting & ~leaves
-            smaller = buckets.fit(left - len(gone))
+            waiting = stays
+            smaller = buckets.fit(len(stays))
             if smaller < size and 1 - smaller / size >= self._worth[index]:
-                stays = np.flatnonzero(waiting)
                 live = self._take(index, live, _padded(stays, smaller))
                 rows, waiting = stays if rows is None else rows[stays], None
                 count, size = len(stays), smaller

@@ -27,6 +27,7 @@ from .on_device import OnDevice
 from .process import check_threads
 
 SINGLE_FILE = "model.onnx"
+_REMEMBERED = 64  # tolerances and thresholds of calls
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class Session:
         self._executor: Executor | None = executor
         self._plan = self._manifest.plan(tolerance)
         self._thresholds = _floats(np.array(self._manifest.thresholds(tolerance), np.float32))
+        # What calls gave lately, and the thresholds it comes to: to work them out takes as long as a small stage.
+        self._known: dict[float | tuple[float, ...], Thresholds] = {}
 
     @property
     def manifest(self) -> Manifest:
@@ -210,10 +213,18 @@ class Session:
 
     def _turned(self, tolerance: float | np.ndarray, rows: int) -> Thresholds | np.ndarray:
         """Thresholds [E-1] of a tolerance, or [B, E-1] of one for every row."""
+        if type(tolerance) is float and tolerance in self._known:
+            return self._known[tolerance]
         limits = check_tolerance(tolerance, rows, self._manifest)
-        return _floats(limits) if limits.ndim == 1 else limits
+        if limits.ndim > 1:
+            return limits
+        return self._remembered(float(tolerance), _floats(limits))
 
     def _limits(self, thresholds: Sequence[float]) -> Thresholds:
+        try:
+            return self._known[tuple(thresholds)]
+        except (KeyError, TypeError):
+            pass  # they are new, or no thresholds at all
         try:
             limits = np.asarray(thresholds, np.float32)
         except (TypeError, ValueError) as error:
@@ -223,7 +234,13 @@ class Session:
                 f"thresholds {np.array2string(limits, threshold=8)} do not fit; "
                 f"give {self.exits - 1} numbers, one per exit but the last, infinity for never"
             )
-        return _floats(limits)
+        return self._remembered(tuple(thresholds), _floats(limits))
+
+    def _remembered(self, given: float | tuple[float, ...], limits: Thresholds) -> Thresholds:
+        if len(self._known) >= _REMEMBERED:
+            self._known.clear()
+        self._known[given] = limits
+        return limits
 
 
 def _floats(limits: np.ndarray) -> Thresholds:

@@ -13,6 +13,7 @@ from offramp.runtime import InputError, TensorSpec
 from offramp.runtime.inputs import check_batch, check_finite
 
 IMAGES = (TensorSpec("x", "float32", ("batch", 3, "side", "side")),)
+FIXED = (TensorSpec("rows", "float32", ("batch", 3)), TensorSpec("ages", "float32", ("batch",)))
 TOKENS = (TensorSpec("ids", "int64", ("batch", "length")), TensorSpec("mask", "int64", ("batch", "length")))
 
 
@@ -59,6 +60,36 @@ def test_a_single_input_is_refused(batch: Any, message: str) -> None:
 def test_several_inputs_are_refused(batch: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_batch(batch, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"rows": image(2, 3), "ages": image(3)}, "disagree on 'batch': 2 in 'rows', 3 in 'ages'"),
+        ({"rows": image(2, 4), "ages": image(2)}, "input 'rows' has shape"),
+        ({"rows": image(2, 3), "ages": image()}, "input 'ages' has shape"),
+        ({"rows": image(2, 3), "ages": ids(2)}, "input 'ages' is int64"),
+        ({"rows": image(2, 3), "ages": [1.0, 2.0]}, "input 'ages' is a list"),
+        ({"rows": image(2, 3), "age": image(2)}, "missing: 'ages'"),
+        ({"rows": image(2, 3), "ages": image(2), "more": image(2)}, "unknown: 'more'"),
+        (
+            {"rows": image(2, 3), "ages": np.array([1, np.nan], np.float32)},
+            "'ages' holds NaN or infinity, first in row 1",
+        ),
+    ],
+)
+def test_inputs_of_fixed_shapes_are_refused(batch: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_batch(batch, FIXED)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_inputs_of_fixed_shapes_come_back_in_the_model_s_order(rows: int) -> None:
+    batch = {"ages": image(rows), "rows": image(rows, 3)}
+    arrays, count = check_batch(batch, FIXED)
+    assert count == rows
+    assert list(arrays) == ["rows", "ages"]
+    assert arrays is not batch
 
 
 def test_several_inputs_come_back_in_the_model_s_order() -> None:

@@ -16,6 +16,7 @@ from tiny import CLASSES, INF, THRESHOLDS, Tiny, batch, doubtful, reference, ref
 from offramp.runtime import Answers, Session, UsageError, load
 from offramp.runtime.artifact import write_artifact
 from offramp.runtime.engine import EngineSession
+from offramp.runtime.execution import parted
 
 PLANS = {
     "all at the first": (0.0, 0.0),
@@ -124,6 +125,38 @@ def test_the_dial_takes_the_boldest_plan_within_the_tolerance(tiny: Tiny, sessio
         assert (turned.plan is None) == (tolerance < 0.001)
         assert turned.plan is None or turned.plan.tolerance <= tolerance
         assert_reference(turned.run(rows, tolerance=0.01), rows, THRESHOLDS)
+
+
+def test_what_a_call_gave_before_comes_to_the_same_thresholds(session: Session) -> None:
+    rows, pairs = batch(16), [(at / 100, 1 - at / 100) for at in range(100)]
+    first = [session.run(rows, thresholds=pair).exits for pair in pairs]
+    assert len({exits.tobytes() for exits in first}) > 3
+    for pair, exits in zip(pairs, first, strict=True):  # more of them than are remembered
+        for form in (pair, list(pair), np.array(pair)):
+            np.testing.assert_array_equal(session.run(rows, thresholds=form).exits, exits)
+    for _ in range(2):
+        for tolerance in (0, 0.0, 0.001, 0.01, 1, 1.0):
+            assert_reference(session.run(rows, tolerance=tolerance), rows, DIAL[float(tolerance)])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.2, 0.5, 0.8]), st.booleans(), st.sampled_from([0.2, 0.5, 0.8])), min_size=1),
+    st.sampled_from([1, 40]),
+    st.booleans(),
+)
+def test_every_row_that_waits_leaves_or_waits_on(
+    rows: list[tuple[float, bool, float]], repeat: int, one_limit: bool
+) -> None:
+    confidence, waits, limits = (np.array(column) for column in zip(*rows * repeat, strict=True))
+    limit = 0.5 if one_limit else limits
+    for waiting in (None, np.flatnonzero(waits)):
+        if waiting is not None and not len(waiting):
+            continue
+        asked = range(len(confidence)) if waiting is None else waiting.tolist()
+        gone, stays = parted(confidence, limit, waiting)
+        leave = [row for row in asked if confidence[row] >= (0.5 if one_limit else limits[row])]
+        assert list(asked if gone is None else gone) == leave
+        assert list(asked if stays is None else stays) == [row for row in asked if row not in set(leave)]
 
 
 @pytest.mark.parametrize("size", SIZES)
