@@ -1,7 +1,7 @@
 """How long an artifact takes in each of its forms, against the plain backbone and whatever else a person could run.
 
     python -m benchmarks.speed [--tasks resnet20 resnet56 sst2 resnet50] [--batches 1 2 4 8 16 32 64 128]
-        [--kind searched] [--epochs 30] [--earlyon DIR] [--own-pools]
+        [--kind searched] [--epochs 30] [--earlyon DIR] [--own-pools] [--add]
 
     plain        the backbone in ONNX Runtime: what all others are divided by
     in blocks    the same with its shortcuts laid out as those of our stages are, which is no early exit's merit
@@ -26,7 +26,8 @@ shows some batches, the JSON file and the plot all. Every variant's disagreement
 and exits over all test rows stand beside its times. Peak memory is that of a fresh process which loads one form and
 answers batches of 32, above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by
 `onnx.save_model(..., save_as_external_data=True)`, in a plain session. Writes benchmarks/results/speed.json after each
-task, keeping tasks that are not asked for, the README's tables and docs/speed.svg.
+batch size, keeping tasks that are not asked for, the README's tables and docs/speed.svg. With --add the artifacts that
+the last run compiled are taken up, and only the batch sizes asked for are timed, beside or in place of those it timed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -83,12 +84,12 @@ LIMITS = {  # what the executors themselves cost: of whom, by what name, as a qu
 }
 RIVALLED = ("resnet20", "resnet56", "resnet56_long")  # by earlyon
 SMALLER = {"resnet56": "resnet20", "resnet56_long": "resnet20"}
-LARGEST = {"resnet50": 32}  # batch
 PANELS = 4  # in a row of the plot
 WARM = 2  # rounds that are not counted
 REST = 0.01  # seconds; PyTorch's threads wait for more work as long, on the cores of whoever comes next
 WARM_ROWS = 8  # that each answers before its time is taken, for its weights and threads to be at hand
-SECONDS = 0.05  # of the plain backbone in a round, or one call
+SECONDS = 0.05  # of the plain backbone in a round, or more for so many calls, or one call
+CALLS, MORE_SECONDS = 4, 0.3
 JUDGED = 32  # rows at a time where the batch does not matter
 MEMORY_BATCH, MEMORY_CALLS, MEMORY_RUNS = 32, 8, 3
 MEMORY = """
@@ -116,15 +117,18 @@ print((peak() - before) / 1024, before / 1024)
 """
 
 
-def compiled(task: Task, kind: str, epochs: int, seed: int, threads: int) -> tuple[Ready, Artifact, Artifact]:
+def compiled(task: Task, args: argparse.Namespace) -> tuple[Ready, Artifact, Artifact]:
     """The task's artifact in all forms, and one chosen by FLOPs; heads trained before are taken up."""
-    options = options_of(task, kind, epochs, seed=seed, threads=threads, targets=ALL_TARGETS, rounds=1, cost=TIME)
+    options = options_of(
+        task, args.kind, args.epochs, seed=args.seed, threads=args.threads, targets=ALL_TARGETS, rounds=1, cost=TIME
+    )
     ready = made_ready(task, options)
-    heads = heads_of(task, ready, options, kind)
-    out = WORK / f"speed-{task.name}-{kind}"
+    out = WORK / f"speed-{task.name}-{args.kind}"
     by_flops = out.with_name(f"{out.name}-flops")
-    finish(ready, heads, out, options, log)
-    finish(ready, heads, by_flops, replace(options, cost=FLOPS, targets=(SEGMENTS,)), log)
+    if not args.add:
+        heads = heads_of(task, ready, options, args.kind)
+        finish(ready, heads, out, options, log)
+        finish(ready, heads, by_flops, replace(options, cost=FLOPS, targets=(SEGMENTS,)), log)
     return ready, open_artifact(out), open_artifact(by_flops)
 
 
@@ -216,7 +220,8 @@ def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int
 
     some, sides = draw(3), list(variants.values())
     variants["plain"].seconds(some)
-    calls = int(np.clip(SECONDS / (variants["plain"].seconds(some) / len(some)), 1, 256))
+    each = variants["plain"].seconds(some) / len(some)
+    calls = int(np.clip(SECONDS / each, max(1, min(CALLS, MORE_SECONDS / each)), 256))
     seconds = np.zeros((rounds, len(sides)))
     for index in range(-WARM, rounds):
         work, order = draw(calls), np.roll(np.arange(len(sides)), index)
@@ -227,10 +232,10 @@ def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int
             took = sides[side].seconds(work)
             if index >= 0:
                 seconds[index, side] = took
-    each = seconds * 1e3 / (calls * batch)
+    per_row = seconds * 1e3 / (calls * batch)
     of = {name: seconds[:, side] for side, name in enumerate(variants)}
     told = {
-        name: {**_spread("ms", each[:, side]), **_spread("ratio", of[name] / of["plain"])}
+        name: {**_spread("ms", per_row[:, side]), **_spread("ratio", of[name] / of["plain"])}
         for side, name in enumerate(variants)
     }
     for name in ("segments", "single_file"):
@@ -266,20 +271,22 @@ def memory(ready: Ready, artifact: Artifact, threads: int) -> dict[str, float]:
     return {f"{form.replace('-', '_')}_mib": median(values) for form, values in told.items()}
 
 
-def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One task: compile, judge, time."""
+def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One task: compile, judge, time; its result after every batch size. `before` are results by their titles."""
     task = TASKS[name](args.seed)
-    ready, artifact, by_flops = compiled(task, args.kind, args.epochs, args.seed, args.threads)
+    ready, artifact, by_flops = compiled(task, args)
     manifest = artifact.manifest
     variants = ours(ready, artifact, by_flops, args.threads)
     truth, _ = answered(variants["plain"], ready, JUDGED)
     told: dict[str, Any] = {
         "task": name, "kind": args.kind, "own_pools": args.own_pools, "machine": machine(), "versions": versions(),
         "seed": args.seed, "threads": args.threads, "rounds": args.rounds, "test_rows": len(truth),
-        "plan": asdict(manifest.plans[manifest.default_plan]), "exits": [spec.place for spec in manifest.exits],
+        "plan": json.loads(json.dumps(asdict(manifest.plans[manifest.default_plan]))),
+        "exits": [spec.place for spec in manifest.exits],
         "exits_by_flops": [spec.place for spec in by_flops.manifest.exits],
         "accuracy_backbone": manifest.evaluation.accuracy_backbone,
     }  # fmt: skip
+    kept = _same(told, before.get(title(told))) if args.add else None
     variants["eager"] = eager(task.model)
     if name in RIVALLED and args.earlyon is not None and len(manifest.exits) > 1:
         lost = max(0.0, -judged(variants["segments"], ready, JUDGED, truth)["accuracy_change"])
@@ -291,17 +298,30 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
         example = tensors(ready.rows, ready.splits.test[:8])
         smaller = capture(backbone_of(SMALLER[name]), example, name=SMALLER[name])
         variants["smaller"] = in_onnxruntime(backbone_model(smaller), SMALLER[name], args.threads)
-    alone = {key: v for key, v in variants.items() if v.answer is not None and not v.together}
-    told["answers"] = {key: judged(variant, ready, JUDGED, truth) for key, variant in alone.items()}
-    told["memory"] = memory(ready, artifact, args.threads)
-    told["batches"] = []
-    for batch in (b for b in args.batches if b <= LARGEST.get(name, b)):
+    if kept is None:
+        alone = {key: v for key, v in variants.items() if v.answer is not None and not v.together}
+        told["answers"] = {key: judged(variant, ready, JUDGED, truth) for key, variant in alone.items()}
+        told["memory"] = memory(ready, artifact, args.threads)
+    else:
+        told |= {key: kept[key] for key in ("answers", "memory")}
+    sizes = {one["batch"]: one for one in kept["batches"]} if kept is not None else {}
+    for batch in args.batches:
         log(f"{name}, batch {batch}")
         one = timed(variants, ready, batch, args.rounds, args.seed)
         for key in (key for key, variant in variants.items() if variant.together):
             one["variants"][key] |= judged(variants[key], ready, batch, truth)
-        told["batches"].append(one)
-    return {**told, "load": os.getloadavg()[2]}
+        sizes[batch] = {**one, "load": os.getloadavg()[2]}
+        yield {**told, "batches": [sizes[size] for size in sorted(sizes)]}
+
+
+def _same(told: Mapping[str, Any], before: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The result before, if it is of the same artifact under the same conditions."""
+    if before is None:
+        raise SystemExit(f"{title(told)}: no result to add to; leave --add out")
+    differ = [key for key in told if told[key] != before.get(key)]
+    if differ:
+        raise SystemExit(f"{title(told)}: another {', '.join(differ)} than in the result before; leave --add out")
+    return before
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -419,6 +439,7 @@ def main() -> None:
     parser.add_argument("--earlyon", type=Path, metavar="DIR", help="where earlyon is installed")
     parser.add_argument("--earlyon-epochs", type=int, default=Training.epochs)
     parser.add_argument("--own-pools", action="store_true", help="leave every session a pool of threads of its own")
+    parser.add_argument("--add", action="store_true", help="time these batch sizes beside those of the result before")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -428,12 +449,17 @@ def main() -> None:
     if not args.own_pools:
         share_threads(args.threads)
     for name in args.tasks:
-        told = measured(name, args)
-        results[title(told)] = told
-        ordered = sorted(results.values(), key=lambda r: (list(TASKS).index(r["task"]), r["own_pools"], r["threads"]))
-        RESULTS.write_text(json.dumps({"command": "python -m benchmarks.speed", "results": ordered}, indent=1) + "\n")
-        replace_block("speed", tables(ordered))
-        plot([result for result in ordered if not result["own_pools"]] or ordered)
+        for told in measured(name, args, results):
+            results[title(told)] = told
+            write(results.values())
+
+
+def write(results: Iterable[dict[str, Any]]) -> None:
+    """JSON, tables and plot of all results."""
+    ordered = sorted(results, key=lambda r: (list(TASKS).index(r["task"]), r["own_pools"], r["threads"]))
+    RESULTS.write_text(json.dumps({"command": "python -m benchmarks.speed", "results": ordered}, indent=1) + "\n")
+    replace_block("speed", tables(ordered))
+    plot([result for result in ordered if not result["own_pools"]] or ordered)
 
 
 if __name__ == "__main__":
