@@ -1,0 +1,136 @@
+"""The README's tables and plot of what `benchmarks.speed` measured; its results are described there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FormatStrFormatter, NullLocator
+
+from benchmarks.tables import markdown
+from offramp.runtime.table import percent
+
+FIGURE = Path(__file__).parents[1] / "docs" / "speed.svg"
+TITLES = {
+    "plain": "plain", "in_blocks": "plain, in blocks", "segments": "segments", "by_flops": "by FLOPs",
+    "single_file": "single file", "torchscript": "TorchScript", "ideal": "ideal", "no_exit": "no exit",
+    "none_leaves": "none leaves", "heads_alone": "heads alone", "eager": "eager PyTorch", "earlyon": "earlyon",
+    "smaller": "smaller model",
+}  # fmt: skip
+SHOWN = (1, 8, 32, 128)  # batches
+LIMITS = {  # what the executors themselves cost: of whom, by what name, as a quotient within a round
+    "segments over the ideal": ("segments", "over_ideal"),
+    "single file over the ideal": ("single_file", "over_ideal"),
+    "none leaves, beyond the heads": ("none_leaves", "beyond_heads"),
+}
+PANELS = 4  # in a row of the plot
+MEMORY_BATCH = 32  # rows at a time, where peak memory is taken
+
+
+def title(result: Mapping[str, Any]) -> str:
+    """What the tables call it."""
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    return f"{result['task']}, {threads}{' of its own per session' if result['own_pools'] else ''}"
+
+
+def time_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Ratios to the plain backbone's time, medians and quartiles over rounds."""
+    others = [name for name in TITLES if name != "plain"]
+    rows = []
+    for result in results:
+        for one in (one for one in result["batches"] if one["batch"] in SHOWN):
+            cells = [f"{title(result)}, batch {one['batch']}", f"{one['variants']['plain']['ms']:.3f}"]
+            for name in others:
+                seen = one["variants"].get(name)
+                low, high = seen["ratio_quartiles"] if seen else (0, 0)
+                cells.append(f"{seen['ratio']:.2f} ({low:.2f} to {high:.2f})" if seen else "")
+            rows.append(cells)
+    return markdown(("task", "plain, ms per row", *(TITLES[name] for name in others)), rows)
+
+
+def limits_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """What the executors take beyond the stages' own time and the heads', at every batch."""
+    sizes = sorted({one["batch"] for result in results for one in result["batches"]})
+    rows = []
+    for result in results:
+        of = {one["batch"]: one["variants"] for one in result["batches"]}
+        for label, (name, key) in LIMITS.items():
+            seen = [of[size][name].get(key) if size in of else None for size in sizes]
+            if any(value is not None for value in seen):
+                cells = ["" if value is None else f"{(value - 1) * 100:.1f} %" for value in seen]
+                rows.append([f"{title(result)}: {label}", *cells])
+    return markdown(("beyond what the models take, at batch", *map(str, sizes)), rows)
+
+
+def answer_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """What the variants answer on the test rows; those that answer alike share a line."""
+    rows = []
+    for result in results:
+        given = [(TITLES[name], seen) for name, seen in result["answers"].items()]
+        for one in result["batches"]:
+            seen = one["variants"].items()
+            given += [(f"{TITLES[k]} at batch {one['batch']}", v) for k, v in seen if "disagreement" in v]
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name, seen in given:
+            shares = " / ".join(percent(share) for share in seen["exit_shares"])
+            cells = (percent(seen["disagreement"], 2), f"{seen['accuracy_change'] * 100:.2f}", shares)
+            alike.setdefault(cells, []).append(name)
+        rows += [[f"{title(result)}: {', '.join(names)}", *cells] for cells, names in alike.items()]
+    return markdown(("task: answered by", "disagreement", "accuracy, points", "leave at each exit"), rows)
+
+
+def memory_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Peak memory at batch 32."""
+    forms = ("plain", "segments", "single_file", "beside")
+    rows = []
+    for result in results:
+        seen = [result["memory"].get(f"{form}_mib") for form in forms]
+        rows.append([title(result), *("" if mib is None else f"{mib:.1f} MiB" for mib in seen)])
+    names = {**TITLES, "beside": "single file, weights beside"}
+    return markdown((f"peak memory, batch {MEMORY_BATCH}", *(names[form] for form in forms)), rows)
+
+
+def tables(results: Sequence[Mapping[str, Any]]) -> str:
+    """The README's."""
+    return "\n\n".join(table(results) for table in (time_table, limits_table, answer_table, memory_table))
+
+
+def plot(results: Sequence[Mapping[str, Any]]) -> None:
+    """Ratio against batch size, one panel per task and number of threads; bands are quartiles."""
+    matplotlib.rcParams["svg.hashsalt"] = "speed"  # the same figures, the same file
+    columns = min(PANELS, len(results))
+    shape = math.ceil(len(results) / columns), columns
+    figure, panels = plt.subplots(
+        *shape, figsize=(3.4 * columns + 1.6, 3.8 * shape[0]), squeeze=False, sharey=True, layout="constrained"
+    )  # fmt: skip
+    for axes in panels.flat[len(results) :]:
+        axes.set_visible(False)
+    shown = [item for item in TITLES.items() if item[0] not in ("plain", "heads_alone")]
+    colours, lines = plt.get_cmap("Paired"), dict[str, Any]()
+    for axes, result in zip(panels.flat, results, strict=False):
+        axes.axhline(1, color="grey", linewidth=0.8)
+        for index, (name, label) in enumerate(shown):
+            points = [(o["batch"], o["variants"][name]) for o in result["batches"] if name in o["variants"]]
+            if not points:
+                continue
+            sizes, seen = [size for size, _ in points], [values for _, values in points]
+            style = "--" if name == "ideal" else "-"
+            (lines[label],) = axes.plot(sizes, [v["ratio"] for v in seen], style, marker=".", color=colours(index))
+            axes.fill_between(
+                sizes, *zip(*(v["ratio_quartiles"] for v in seen), strict=True), color=colours(index), alpha=0.2
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks([one["batch"] for one in result["batches"]], [str(one["batch"]) for one in result["batches"]])
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_title(title(result))
+        axes.set_xlabel("batch")
+    figure.supylabel("time, plain backbone in ONNX Runtime = 1")
+    figure.legend(lines.values(), lines.keys(), frameon=False, loc="outside right center")
+    figure.savefig(FIGURE, metadata={"Date": None})
+    plt.close(figure)
