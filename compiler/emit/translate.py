@@ -15,6 +15,7 @@ from torch.export import Dim
 from offramp.runtime.errors import ModelError
 
 from .names import Places, name_graph
+from .reshapes import keep_sizes
 
 OPSET = 18  # old enough for every ONNX Runtime binding in use, new enough for all that torch emits
 
@@ -40,6 +41,7 @@ def to_onnx(
     model = _exported(module, inputs, outputs, optimize=True)
     if _dangling(model.graph):  # onnxscript (0.7.2) forgets bounds it makes for a value clipped several times
         model = _exported(module, inputs, outputs, optimize=False)
+    keep_sizes(model)
     weights = {path: tuple(w.shape) for path, w in module.named_parameters(remove_duplicate=False)}
     places = Places({"": ""} if prefixes is None else prefixes, weights)
     name_graph(model.graph, [i.name for i in inputs], outputs, places)
