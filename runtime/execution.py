@@ -37,6 +37,7 @@ CONFIDENCE = "confidence"
 ASK = "offramp.ask"  # input of a stage whose head may be left unasked
 _YES, _NO = np.array(True), np.array(False)
 _NOBODY = np.empty(0, np.int64)
+_LARGE = 1 << 25  # bytes; glibc maps every larger piece of memory anew, page by page, whatever was freed before
 _FEW = 64  # rows; a loop over them in Python takes less than numpy's three calls
 
 
@@ -175,7 +176,7 @@ class Segments:
                 yield said if waiting is None else said.leaving()
                 waiting = stays
                 if 1 - len(stays) / len(confidence) >= self._worth[index]:
-                    live = _picked(live, stays)
+                    live = _picked(live, stays, arrays)
                     rows, waiting = stays if rows is None else rows.take(stays), None
 
     def answer_together(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> WholeBatch:
@@ -293,12 +294,27 @@ def parted(
     return (gone, stays) if waiting is None else (waiting.take(gone), waiting.take(stays))
 
 
-def _picked(arrays: Arrays, rows: np.ndarray) -> Arrays:
-    """The arrays' `rows` [n], ascending; those that lie side by side are not copied."""
+def _picked(live: Arrays, rows: np.ndarray, theirs: Arrays) -> Arrays:
+    """The live values' `rows` [n], ascending, in place of all; what is called as in `theirs` is the caller's to keep."""
     first, after = rows.item(0), rows.item(-1) + 1
-    if after - first == len(rows):
-        return {name: value[first:after] for name, value in arrays.items()}
-    return {name: value.take(rows, axis=0) for name, value in arrays.items()}
+    if after - first == len(rows):  # they lie side by side
+        return {name: value[first:after] for name, value in live.items()}
+    return {
+        name: _moved_up(value, rows) if _is_large(value) and name not in theirs else value.take(rows, axis=0)
+        for name, value in live.items()
+    }
+
+
+def _is_large(value: np.ndarray) -> bool:
+    return value.nbytes >= _LARGE and value.flags.writeable
+
+
+def _moved_up(value: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """A value's `rows`, over the memory of those before them: to get as much anew takes several times as long."""
+    for to, at in enumerate(rows.tolist()):
+        if to != at:
+            value[to] = value[at]
+    return value[: len(rows)]
 
 
 def rows_of(arrays: Arrays) -> int:

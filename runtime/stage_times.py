@@ -125,7 +125,7 @@ def _gathering(live: Mapping[str, np.ndarray], batch: int, device: str | None, l
 def _taking(
     live: Mapping[str, np.ndarray], rows: np.ndarray, device: str | None, like: EngineSession
 ) -> Callable[[], object]:
-    """Compaction as the executor does it."""
+    """Compaction as the executor does it at worst: rows that lie apart, into new memory."""
     if device is None:
         return lambda: [value.take(rows, axis=0) for value in live.values()]
     kinds = [kind_of(TensorSpec(name, value.dtype.name, value.shape)) for name, value in live.items()]

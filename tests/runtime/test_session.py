@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CLASSES, INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all
 
-from offramp.runtime import Answers, Session, UsageError, load
+from offramp.runtime import Answers, Session, UsageError, execution, load
 from offramp.runtime.artifact import write_artifact
 from offramp.runtime.engine import EngineSession
-from offramp.runtime.execution import parted
+from offramp.runtime.execution import _moved_up, parted
 
 PLANS = {
     "all at the first": (0.0, 0.0),
@@ -157,6 +157,26 @@ def test_every_row_that_waits_leaves_or_waits_on(
         leave = [row for row in asked if confidence[row] >= (0.5 if one_limit else limits[row])]
         assert list(asked if gone is None else gone) == leave
         assert list(asked if stays is None else stays) == [row for row in asked if row not in set(leave)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_large_values_are_compacted_in_their_own_memory(
+    session: Session, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = batch(size, seed=size)
+    kept = {name: value.copy() for name, value in rows.items()}
+    expected = session.run(rows)
+    moved: list[int] = []
+    monkeypatch.setattr(execution, "_LARGE", 0)
+    monkeypatch.setattr(execution, "_moved_up", lambda *given: (moved.append(size), _moved_up(*given))[1])
+    answers = session.run(rows)
+    for name in ("classes", "probabilities", "exits", "confidence"):
+        np.testing.assert_array_equal(getattr(answers, name), getattr(expected, name))
+    for name, value in rows.items():
+        np.testing.assert_array_equal(value, kept[name])
+    worth = session.manifest.measured.worth_dropping
+    if isinstance(session._executor, execution.Segments) and size > 3 and not worth:
+        assert moved
 
 
 @pytest.mark.parametrize("size", SIZES)
