@@ -295,7 +295,7 @@ def parted(
 
 
 def _picked(live: Arrays, rows: np.ndarray, theirs: Arrays) -> Arrays:
-    """The live values' `rows` [n], ascending, in place of all; what is called as in `theirs` is the caller's to keep."""
+    """The live values' `rows` [n], ascending, in place of all; what bears a name of `theirs` is left as it is."""
     first, after = rows.item(0), rows.item(-1) + 1
     if after - first == len(rows):  # they lie side by side
         return {name: value[first:after] for name, value in live.items()}
