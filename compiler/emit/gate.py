@@ -5,8 +5,8 @@
               else  no probabilities, and a confidence of minus infinity, with which no row leaves
 
 `ask` is one bool beside the stage's inputs. ONNX Runtime computes every node of a graph, fetched or not, so a plan
-that leaves an exit out could not otherwise save its head. (Its run option `only_execute_path_to_fetches` changes nothing
-in the builds that are released; tried with 1.32.)
+that leaves an exit out could not otherwise save its head. (Its run option `only_execute_path_to_fetches` changes
+nothing in the builds that are released; tried with 1.32.)
 
 In the single file what is not said is compared with a threshold all the same, row by row. Between segments nobody
 reads it, and `speechless` makes it an answer of no rows: the four small operators that count rows take a
