@@ -264,7 +264,7 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     told: dict[str, Any] = {
         "task": name, "kind": args.kind, "own_pools": args.own_pools, "machine": machine(), "versions": versions(),
         "seed": args.seed, "threads": args.threads, "rounds": args.rounds, "test_rows": len(truth),
-        "plan": json.loads(json.dumps(asdict(manifest.plans[manifest.default_plan]))),
+        "plan": json.loads(json.dumps(asdict(manifest.plans[manifest.default_plan]))),  # as a result before has it
         "exits": [spec.place for spec in manifest.exits],
         "exits_by_flops": [spec.place for spec in by_flops.manifest.exits],
         "accuracy_backbone": manifest.evaluation.accuracy_backbone,

@@ -60,7 +60,7 @@ METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-class ExitRows(NamedTuple):  # not a frozen dataclass: to make one takes a third of the time, at every exit
+class ExitRows(NamedTuple):  # not a frozen dataclass: to make one takes less than half the time, at every exit
     """Rows that an exit answers, and which of them leave there; what goes on gets its answer from a later exit."""
 
     exit: int
@@ -216,13 +216,13 @@ class SingleFile:
         self._session = session
 
     def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
-        whole = self.answer_together(arrays, thresholds)
-        for index, count in enumerate(np.bincount(whole.exits).tolist()):
-            if count == len(whole.exits):
-                yield ExitRows(index, None, whole.probabilities, whole.confidence)
+        batch = self.answer_together(arrays, thresholds)
+        for index, count in enumerate(np.bincount(batch.exits).tolist()):
+            if count == len(batch.exits):
+                yield ExitRows(index, None, batch.probabilities, batch.confidence)
             elif count:
-                rows = np.flatnonzero(whole.exits == index)
-                yield ExitRows(index, rows, whole.probabilities[rows], whole.confidence[rows])
+                rows = np.flatnonzero(batch.exits == index)
+                yield ExitRows(index, rows, batch.probabilities[rows], batch.confidence[rows])
 
     def answer_together(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> WholeBatch:
         if isinstance(thresholds, np.ndarray):

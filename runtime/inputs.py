@@ -21,30 +21,31 @@ Batch = np.ndarray | Mapping[str, np.ndarray]
 
 def check_batch(batch: Any, inputs: Sequence[TensorSpec]) -> tuple[dict[str, np.ndarray], int]:
     """-> arrays by name, and the number of rows; values are checked too."""
-    arrays, rows = _as_usual(batch, inputs)
-    if arrays is None:
+    seen = _as_usual(batch, inputs)
+    if seen is None:
         arrays = name_arrays(batch, [spec.name for spec in inputs])
-        rows = check_arrays(arrays, inputs)
+        seen = arrays, check_arrays(arrays, inputs)
+    arrays, rows = seen
     for name, array in arrays.items():
         check_finite(array, name)
     return arrays, rows
 
 
-def _as_usual(batch: Any, inputs: Sequence[TensorSpec]) -> tuple[dict[str, np.ndarray] | None, int]:
+def _as_usual(batch: Any, inputs: Sequence[TensorSpec]) -> tuple[dict[str, np.ndarray], int] | None:
     """Arrays and rows of a batch that is seen at a glance to be right; None for one that must be looked at closely.
 
-    A glance takes 4 microseconds less, and before every batch of a small model that is a hundredth of its time.
+    A glance takes 3 microseconds less, before every batch: half a hundredth of a small model's time.
     """
+    if type(batch) is not dict or len(batch) != len(inputs):
+        return None
     arrays: dict[str, np.ndarray] = {}
     rows = -1
-    if type(batch) is not dict or len(batch) != len(inputs):
-        return None, rows
     for spec in inputs:
         array = batch.get(spec.name)
         if type(array) is not np.ndarray or array.dtype != _dtype(spec.dtype) or array.shape[1:] != spec.shape[1:]:
-            return None, rows
+            return None
         if not array.ndim or len(array) != rows != -1:
-            return None, rows
+            return None
         arrays[spec.name] = array
         rows = len(array)
     return arrays, rows
@@ -138,8 +139,8 @@ def _is_finite(array: np.ndarray) -> bool:
         return array.dtype.kind != "c" or bool(np.isfinite(array).all())
     if not array.size:
         return True
-    # NaN counts as the largest number there is, and as the smallest. Between two calls of ONNX Runtime's
-    # `isfinite(array).all()` takes 15 microseconds longer, a thirtieth of a small model's time.
+    # To both, NaN is further out than infinity. `isfinite(array).all()` takes 15 microseconds longer where ONNX Runtime
+    # ran just before, a thirtieth of a small model's time.
     return math.isfinite(array.item(array.argmax())) and math.isfinite(array.item(array.argmin()))
 
 

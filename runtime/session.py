@@ -213,8 +213,9 @@ class Session:
 
     def _turned(self, tolerance: float | np.ndarray, rows: int) -> Thresholds | np.ndarray:
         """Thresholds [E-1] of a tolerance, or [B, E-1] of one for every row."""
-        if type(tolerance) is float and tolerance in self._known:
-            return self._known[tolerance]
+        # In one step, for another thread may forget it between two.
+        if type(tolerance) is float and (known := self._known.get(tolerance)) is not None:
+            return known
         limits = check_tolerance(tolerance, rows, self._manifest)
         if limits.ndim > 1:
             return limits
