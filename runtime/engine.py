@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from .errors import ArtifactError, InputError, ProviderError, ProviderWarning, StorageError, UsageError
-from .process import find_onnxruntime, reason_of, session_options, started
+from .process import CPU, find_onnxruntime, reason_of, session_options, started
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 DEFAULT_PROVIDERS = (CUDA, CPU)
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
 HOST = "cpu"  # the device that arrays lie on

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..artifact import EXTERNAL, Artifact
-from ..engine import CPU, EngineSession, choose_providers, start_sessions
+from ..engine import EngineSession, choose_providers, start_sessions
 from ..execution import Stage, stage_of
-from ..process import check_threads
+from ..process import CPU, check_threads
 from .memory import in_use, measurable
 
 

@@ -21,9 +21,10 @@ from offramp.runtime import on_device as on_device_module
 from offramp.runtime import session as session_module
 from offramp.runtime import stage_times as stage_times_module
 from offramp.runtime.artifact import Artifact, open_artifact, write_artifact
-from offramp.runtime.engine import CPU, CUDA, EngineSession, start_sessions
+from offramp.runtime.engine import CUDA, EngineSession, start_sessions
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.on_device import OnDevice
+from offramp.runtime.process import CPU
 from offramp.runtime.stage_times import measure_stages
 
 LEVELS = st.floats(0, 1, width=32) | st.just(INF)

@@ -13,7 +13,8 @@ from tiny import THRESHOLDS, Tiny, batch, reference
 
 from offramp.runtime import ArtifactError, ProviderError, ProviderWarning, load
 from offramp.runtime import engine as engine_module
-from offramp.runtime.engine import CPU, CUDA, CUDA_OPTIONS, EngineSession
+from offramp.runtime.engine import CUDA, CUDA_OPTIONS, EngineSession
+from offramp.runtime.process import CPU
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from tiny import THRESHOLDS, Tiny, batch, reference, write_tiny
 
-from offramp.runtime.engine import CPU, EngineSession
+from offramp.runtime.engine import EngineSession
 from offramp.runtime.errors import OfframpError, UnknownModelError
 from offramp.runtime.execution import ASK, Stage, stage_of
 from offramp.runtime.manifest import Manifest
+from offramp.runtime.process import CPU
 from offramp.runtime.serve.engine import BatchingEngine
 from offramp.runtime.serve.work import Asked, Leaving, Sample, SegmentState
 
