@@ -38,7 +38,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.tables import log, markdown, replace_block
+from benchmarks.tables import folded, log, markdown, replace_block
 from benchmarks.tasks import TASKS, Task
 from benchmarks.trained import KINDS, WORK, heads_of, made_ready, options_of
 from benchmarks.zoo.program import write
@@ -281,7 +281,9 @@ def batches(points: Sequence[Mapping[str, Any]]) -> str:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The README's block."""
-    return "\n\n".join(part(results) for part in (saturation_table, exit_table, latency_table))
+    exits = folded("Latency by exit, milliseconds", exit_table(results))
+    rates = folded("Latency, refusals and batch sizes at every rate of requests", latency_table(results))
+    return f"{saturation_table(results)}\n\n{exits}\n\n{rates}"
 
 
 def plot(results: Sequence[Mapping[str, Any]]) -> None:

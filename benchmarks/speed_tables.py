@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, NullLocator
 
-from benchmarks.tables import markdown
+from benchmarks.tables import folded, markdown
 from offramp.runtime.table import percent
 
 FIGURE = Path(__file__).parents[1] / "docs" / "speed.svg"
@@ -96,7 +96,8 @@ def memory_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def tables(results: Sequence[Mapping[str, Any]]) -> str:
     """The README's."""
-    return "\n\n".join(table(results) for table in (time_table, limits_table, answer_table, memory_table))
+    answers = folded("What each of them answers on the test rows, and where rows leave", answer_table(results))
+    return "\n\n".join((time_table(results), limits_table(results), answers, memory_table(results)))
 
 
 def plot(results: Sequence[Mapping[str, Any]]) -> None:

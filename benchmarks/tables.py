@@ -15,6 +15,11 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, align, *rows))
 
 
+def folded(summary: str, text: str) -> str:
+    """Text that GitHub shows once its summary is clicked on."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
 def replace_block(name: str, text: str) -> None:
     """Put `text` between the README's markers `<!-- NAME -->` and `<!-- /NAME -->`."""
     page = README.read_text()
