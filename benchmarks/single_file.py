@@ -23,6 +23,7 @@ from benchmarks.cifar import load_images
 from benchmarks.tables import markdown, replace_block
 from offramp.compiler.measure import machine, versions
 from offramp.runtime import open_artifact
+from offramp.runtime.execution import ASK
 from offramp.runtime.table import percent
 
 RESULTS = Path(__file__).parent / "results" / "single_file.json"
@@ -46,7 +47,7 @@ def measure(model: str, batch: int, rounds: int, threads: int, images: np.ndarra
     whole = session(artifact.read("model.onnx"), threads)
     first = session(artifact.read(artifact.manifest.stages[0].file), threads)
     name = artifact.manifest.inputs[0].name
-    own = np.array(artifact.manifest.thresholds(), np.float32)
+    own, asked = np.array(artifact.manifest.thresholds(), np.float32), np.array(True)
     generator = np.random.default_rng(batch)
     calls = max(1, 64 // batch)
 
@@ -54,7 +55,7 @@ def measure(model: str, batch: int, rounds: int, threads: int, images: np.ndarra
         return lambda x: whole.run(None, {name: x, "thresholds": thresholds})
 
     sides: tuple[Callable[[np.ndarray], object], ...] = (
-        lambda x: first.run(None, {name: x}),
+        lambda x: first.run(None, {name: x, ASK: asked}),
         run(np.full_like(own, -np.inf)),
         run(own),
         run(np.full_like(own, np.inf)),

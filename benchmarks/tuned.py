@@ -1,6 +1,6 @@
 """What `offramp tune` gains on this machine: the plain model, the artifact as compiled, the artifact as tuned.
 
-    python -m benchmarks.tuned [--tasks resnet20 resnet56 sst2] [--batches 1 8 32]
+    python -m benchmarks.tuned [--tasks resnet20 resnet56 sst2] [--batches 1 8 32] [--epochs 30]
 
 Compiles with the heads that `benchmarks.heads` has trained, exits chosen by FLOPs, tunes for every batch size, and
 times both against the plain backbone in ONNX Runtime on the artifact's own test rows, each pair interleaved round by
@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS
 from benchmarks.trained import heads_of, made_ready, options_of
-from offramp.compiler import finish
+from offramp.compiler import Training, finish
 from offramp.compiler.measure import Bench, machine, versions
 from offramp.runtime.artifact import open_artifact
 from offramp.runtime.table import percent
@@ -36,10 +36,10 @@ HEAD = (
 )  # fmt: skip
 
 
-def measured(name: str, batches: Sequence[int], threads: int, seed: int) -> list[dict[str, Any]]:
+def measured(name: str, batches: Sequence[int], epochs: int, threads: int, seed: int) -> list[dict[str, Any]]:
     """One task's artifact at every batch size."""
     task = TASKS[name](seed)
-    options = options_of(task, KIND, seed=seed, threads=threads, batches=(), targets=("onnx-segments",))
+    options = options_of(task, KIND, epochs, seed=seed, threads=threads, batches=(), targets=("onnx-segments",))
     ready = made_ready(task, options)
     assert ready.plain is not None
     heads = heads_of(task, ready, options, KIND)
@@ -52,7 +52,7 @@ def measured(name: str, batches: Sequence[int], threads: int, seed: int) -> list
             tuned = Path(folder) / str(batch)
             some = dict(ready.rows.take(ready.splits.test[np.arange(batch) % len(ready.splits.test)]))
             tune(compiled, tuned, objective=Objective(batch), threads=threads, rows=some)
-            told: dict[str, Any] = {"task": name, "batch": batch, "threads": threads}
+            told: dict[str, Any] = {"task": name, "batch": batch, "threads": threads, "epochs": options.training.epochs}
             for when, path in (("before", compiled), ("after", tuned)):
                 artifact = open_artifact(path)
                 plan = artifact.manifest.plans[artifact.manifest.default_plan]
@@ -92,10 +92,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["resnet20", "resnet56", "sst2"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--epochs", type=int, default=Training.epochs, help="that the heads were trained for")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    results = [row for name in args.tasks for row in measured(name, args.batches, args.threads, args.seed)]
+    results = [row for name in args.tasks for row in measured(name, args.batches, args.epochs, args.threads, args.seed)]
     told = {"command": "python -m benchmarks.tuned", "machine": machine(), "versions": versions(), "rounds": ROUNDS}
     RESULTS.write_text(json.dumps({**told, "seed": args.seed, "results": results}, indent=1) + "\n")
     replace_block("tuned", table(results))

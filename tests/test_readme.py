@@ -29,6 +29,7 @@ BLOCKS = {  # README block: the benchmark, and what it writes the block of its r
     "search_cost": ("search_cost", "table"), "tuned": ("tuned", "table"),
     "variants": ("variants", "table"), "ablation": ("ablation", "table"), "thresholds": ("thresholds", "table"),
     "equal_risk": ("thresholds", "equal_risk_table"), "whole_compile": ("whole_compile", "line"),
+    "single_file": ("single_file", "table"),
     "speed": ("speed", "tables"), "footprint": ("footprint", "line"), "precision": ("precision", "table"),
     "serve": ("serve", "table"), "cache_trace": ("cache_trace", "table"),
 }  # fmt: skip
