@@ -4,7 +4,8 @@
 
 Compiles with the heads that `benchmarks.heads` has trained, exits chosen by FLOPs, tunes for every batch size, and
 times both against the plain backbone in ONNX Runtime on the artifact's own test rows, each pair interleaved round by
-round. Disagreement is that of the test rows. Writes benchmarks/results/tuned.json and the README's table.
+round. Disagreement is that of the test rows. Writes benchmarks/results/tuned.json, keeping tasks that are not asked
+for, and the README's table.
 """
 
 from __future__ import annotations
@@ -96,7 +97,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    results = [row for name in args.tasks for row in measured(name, args.batches, args.epochs, args.threads, args.seed)]
+    before = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
+    rows = [row for row in before if row["task"] not in args.tasks]
+    rows += [row for name in args.tasks for row in measured(name, args.batches, args.epochs, args.threads, args.seed)]
+    results = sorted(rows, key=lambda row: list(TASKS).index(row["task"]))
     told = {"command": "python -m benchmarks.tuned", "machine": machine(), "versions": versions(), "rounds": ROUNDS}
     RESULTS.write_text(json.dumps({**told, "seed": args.seed, "results": results}, indent=1) + "\n")
     replace_block("tuned", table(results))
