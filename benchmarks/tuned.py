@@ -53,7 +53,10 @@ def measured(name: str, batches: Sequence[int], epochs: int, threads: int, seed:
             tuned = Path(folder) / str(batch)
             some = dict(ready.rows.take(ready.splits.test[np.arange(batch) % len(ready.splits.test)]))
             tune(compiled, tuned, objective=Objective(batch), threads=threads, rows=some)
-            told: dict[str, Any] = {"task": name, "batch": batch, "threads": threads, "epochs": options.training.epochs}
+            told: dict[str, Any] = {
+                "task": name, "batch": batch, "machine": machine(), "versions": versions(), "seed": seed,
+                "threads": threads, "epochs": options.training.epochs, "rounds": ROUNDS,
+            }  # fmt: skip
             for when, path in (("before", compiled), ("after", tuned)):
                 artifact = open_artifact(path)
                 plan = artifact.manifest.plans[artifact.manifest.default_plan]
@@ -101,8 +104,7 @@ def main() -> None:
     rows = [row for row in before if row["task"] not in args.tasks]
     rows += [row for name in args.tasks for row in measured(name, args.batches, args.epochs, args.threads, args.seed)]
     results = sorted(rows, key=lambda row: list(TASKS).index(row["task"]))
-    told = {"command": "python -m benchmarks.tuned", "machine": machine(), "versions": versions(), "rounds": ROUNDS}
-    RESULTS.write_text(json.dumps({**told, "seed": args.seed, "results": results}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"command": "python -m benchmarks.tuned", "results": results}, indent=1) + "\n")
     replace_block("tuned", table(results))
 
 

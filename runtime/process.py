@@ -21,7 +21,8 @@ and without plans 290; times within 2 % of each other.
 Fusion: an addition and the LayerNormalization behind it are left as they are on the CPU. ONNX Runtime 1.32 makes one
 operator of them where it knows their shapes, which it does in stages and often not in the whole model; the one takes
 longer than the two and rounds otherwise. Measured on a six-layer BERT in 6 stages, all of its time, batch 1 / 2 / 8:
-fused 1.05 / 1.05 / 1.02 of the time unfused, which answers as the whole model does to the bit.
+fused 1.05 / 1.05 / 1.02 of the time unfused, which answers as the whole model does to the bit. Plain backbones that
+artifacts are measured against run in sessions of the same kind.
 
 Refused: no onnxruntime; threads or memory that cannot be had.
 """
@@ -37,6 +38,9 @@ import threading
 from typing import Any
 
 from .errors import ProviderError, UsageError
+
+CPU = "CPUExecutionProvider"
+_SLOWER_FUSED = ["SkipLayerNormFusion"]
 
 
 def find_onnxruntime() -> Any:
@@ -55,8 +59,6 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"threads is {threads!r}; give a whole number from 1 up, or None for the physical cores")
 
 
-CPU = "CPUExecutionProvider"
-_SLOWER_FUSED = ["SkipLayerNormFusion"]
 _shared: list[int] = []  # threads of the process's pool, once `share_threads` has made it
 _arena: list[int] = []  # bytes that the process's arena may take, 0 for any, once it was made
 _making = threading.Lock()  # of the arena: artifacts may be loaded from several threads
@@ -83,9 +85,9 @@ def share_threads(threads: int | None = None) -> None:
 
 def started(ort: Any, proto: bytes, options: Any, providers: list[Any]) -> Any:
     """A session; where someone else has made a pool for the whole process, on that one."""
-    left = _SLOWER_FUSED if providers == [CPU] else None
+    disabled = _SLOWER_FUSED if providers == [CPU] else None
     start = functools.partial(
-        ort.InferenceSession, proto, options, providers=providers, enable_fallback=0, disabled_optimizers=left
+        ort.InferenceSession, proto, options, providers=providers, enable_fallback=0, disabled_optimizers=disabled
     )
     try:
         return start()
