@@ -21,7 +21,8 @@ Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exi
 --cost-batch 1`, on this machine. All variants run in one process with the same number of threads; all ONNX Runtime
 sessions on one pool of them, as `share_threads` makes it, or with --own-pools each on its own, as without that call. In
 every round each answers the same batches of test rows, the order turned by one and every second time backwards, each
-after a rest and a small batch that is not counted; ratios are taken within a round, those to the ideal too. The README
+after a rest and a small batch that is not counted, until every row's class is known; ratios are taken within a round,
+those to the ideal too. Small batches, whose times are short and unsteady, are timed in twice as many rounds. The README
 shows some batches, the JSON file and the plot all. Every variant's disagreement with the backbone, change in accuracy
 and exits over all test rows stand beside its times. Peak memory is that of a fresh process which loads one form and
 answers batches of 32, above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by
@@ -73,6 +74,7 @@ REST = 0.01  # seconds; PyTorch's threads wait for more work as long, on the cor
 WARM_ROWS = 8  # that each answers before its time is taken, for its weights and threads to be at hand
 SECONDS = 0.05  # of the plain backbone in a round, or more for so many calls, or one call
 CALLS, MORE_SECONDS = 4, 0.3
+SMALL, MORE_ROUNDS = 8, 2  # batches up to so many rows are timed in so many times as many rounds
 JUDGED = 32  # rows at a time where the batch does not matter
 MEMORY_CALLS, MEMORY_RUNS = 8, 3
 MEMORY = """
@@ -173,12 +175,13 @@ def _chain(bench: Bench, batch: Batch, ask: bool) -> float:
     return seconds
 
 
-def answered(variant: Variant, ready: Ready, batch: int) -> Answered:
+def answered(variant: Variant, ready: Ready, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Classes and exits of all test rows, `batch` at a time."""
     assert variant.answer is not None
     test = ready.splits.test
     given = [variant.answer(ready.rows.take(test[at : at + batch])) for at in range(0, len(test), batch)]
-    return np.concatenate([classes for classes, _ in given]), np.concatenate([exits for _, exits in given])
+    exits = [np.broadcast_to(exits, len(classes)) for classes, exits in given]
+    return np.concatenate([classes for classes, _ in given]), np.concatenate(exits)
 
 
 def judged(variant: Variant, ready: Ready, batch: int, truth: np.ndarray) -> dict[str, Any]:
@@ -204,6 +207,7 @@ def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int
     some, sides = draw(3), list(variants.values())
     variants["plain"].seconds(some)
     each = variants["plain"].seconds(some) / len(some)
+    rounds *= MORE_ROUNDS if batch <= SMALL else 1
     calls = int(np.clip(SECONDS / each, max(1, min(CALLS, MORE_SECONDS / each)), 256))
     seconds = np.zeros((rounds, len(sides)))
     for index in range(-WARM, rounds):
@@ -224,7 +228,7 @@ def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int
     for name in ("segments", "single_file"):
         told[name] |= _spread("over_ideal", of[name] / of["ideal"])
     told["none_leaves"] |= _spread("beyond_heads", (of["none_leaves"] - of["heads_alone"]) / of["plain"])
-    return {"batch": batch, "calls": calls, "variants": told}
+    return {"batch": batch, "calls": calls, "rounds": rounds, "variants": told}
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, Any]:

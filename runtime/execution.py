@@ -276,6 +276,8 @@ def parted(
     """Which live rows leave here and which wait on, ascending, of those that have waited; None: all of them."""
     if waiting is None and type(limit) is float and len(confidence) <= _FEW:
         scores = confidence.tolist()
+        if max(scores) < limit:  # not so where it is NaN
+            return _NOBODY, None
         out = [row for row, score in enumerate(scores) if score >= limit]  # a Python float holds a float32 exactly
         if not out:
             return _NOBODY, None

@@ -7,48 +7,64 @@ size, two inputs that disagree on the batch or on a named dimension, NaN or infi
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .errors import InputError, UsageError
 from .manifest import Manifest, TensorSpec
 
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
 Batch = np.ndarray | Mapping[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
+Kind = tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
+Known = dict[Kind, int]  # rows of each kind
+
+_REMEMBERED = 64
+_INFINITE = float("inf")
 
 
-def check_batch(batch: Any, inputs: Sequence[TensorSpec]) -> tuple[dict[str, np.ndarray], int]:
-    """-> arrays by name, and the number of rows; values are checked too."""
-    seen = _as_usual(batch, inputs)
-    if seen is None:
+def check_batch(batch: Any, inputs: Sequence[TensorSpec], known: Known | None = None) -> tuple[Arrays, int]:
+    """-> arrays by name, and the number of rows; values are checked too.
+
+    `known` are the kinds of batches that were found right for the same inputs: one of a known kind is not looked at
+    again. For one row that takes 3 microseconds less of ResNet-20's 500, and 18 of a six-layer BERT's 9500.
+    """
+    kind = _kind_of(batch) if known is not None else None
+    rows = None if known is None or kind is None else known.get(kind)
+    if rows is None:
         arrays = name_arrays(batch, [spec.name for spec in inputs])
-        seen = arrays, check_arrays(arrays, inputs)
-    arrays, rows = seen
+        rows = check_arrays(arrays, inputs)
+        if known is not None and kind is not None:
+            remember(known, kind, rows)
+    else:
+        arrays = dict(batch)
     for name, array in arrays.items():
         check_finite(array, name)
     return arrays, rows
 
 
-def _as_usual(batch: Any, inputs: Sequence[TensorSpec]) -> tuple[dict[str, np.ndarray], int] | None:
-    """Arrays and rows of a batch that is seen at a glance to be right; None for one that must be looked at closely.
-
-    A glance takes 3 microseconds less, before every batch: half a hundredth of a small model's time.
-    """
-    if type(batch) is not dict or len(batch) != len(inputs):
+def _kind_of(batch: Any) -> Kind | None:
+    """What is checked of a batch but its values; None for one that must be looked at closely."""
+    if type(batch) is not dict:
         return None
-    arrays: dict[str, np.ndarray] = {}
-    rows = -1
-    for spec in inputs:
-        array = batch.get(spec.name)
-        if type(array) is not np.ndarray or array.dtype != _dtype(spec.dtype) or array.shape[1:] != spec.shape[1:]:
+    kind = []
+    for name, array in batch.items():
+        if type(array) is not np.ndarray:
             return None
-        if not array.ndim or len(array) != rows != -1:
-            return None
-        arrays[spec.name] = array
-        rows = len(array)
-    return arrays, rows
+        kind.append((name, array.dtype, array.shape))
+    return tuple(kind)
+
+
+def remember(known: dict[K, V], key: K, value: V) -> V:
+    """Keep what was worked out for one call for the next that gives the same; the last few are kept."""
+    if len(known) >= _REMEMBERED:
+        known.clear()
+    known[key] = value
+    return value
 
 
 def check_tolerance(tolerance: float | np.ndarray | None, rows: int, manifest: Manifest) -> np.ndarray:
@@ -141,7 +157,7 @@ def _is_finite(array: np.ndarray) -> bool:
         return True
     # To both, NaN is further out than infinity. `isfinite(array).all()` takes 15 microseconds longer where ONNX Runtime
     # ran just before, a thirtieth of a small model's time.
-    return math.isfinite(array.item(array.argmax())) and math.isfinite(array.item(array.argmin()))
+    return bool(array.item(array.argmax()) < _INFINITE and array.item(array.argmin()) > -_INFINITE)
 
 
 def _misshapen(spec: TensorSpec, array: np.ndarray) -> str:

@@ -21,13 +21,12 @@ from .artifact import Artifact, open_artifact
 from .engine import EngineSession, choose_providers, device_of, start_sessions
 from .errors import UsageError
 from .execution import Executor, ExitRows, Segments, SingleFile, Thresholds, WholeBatch, joined
-from .inputs import Batch, check_batch, check_tolerance
+from .inputs import Batch, Known, check_batch, check_tolerance, remember
 from .manifest import Manifest, Plan, TensorSpec
 from .on_device import OnDevice
 from .process import check_threads
 
 SINGLE_FILE = "model.onnx"
-_REMEMBERED = 64  # tolerances and thresholds of calls
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,7 @@ class Session:
         self._thresholds = _floats(np.array(self._manifest.thresholds(tolerance), np.float32))
         # What calls gave lately, and the thresholds it comes to: to work them out takes as long as a small stage.
         self._known: dict[float | tuple[float, ...], Thresholds] = {}
+        self._kinds: Known = {}
 
     @property
     def manifest(self) -> Manifest:
@@ -203,7 +203,7 @@ class Session:
         executor = self._executor
         if executor is None:
             raise UsageError(f"{self._path}: this session was closed; load the artifact again")
-        arrays, rows = check_batch(batch, self._manifest.inputs)
+        arrays, rows = check_batch(batch, self._manifest.inputs, self._kinds)
         if tolerance is not None:
             if thresholds is not None:
                 raise UsageError("both a tolerance and thresholds are given; give one of them")
@@ -219,7 +219,7 @@ class Session:
         limits = check_tolerance(tolerance, rows, self._manifest)
         if limits.ndim > 1:
             return limits
-        return self._remembered(float(tolerance), _floats(limits))
+        return remember(self._known, float(tolerance), _floats(limits))
 
     def _limits(self, thresholds: Sequence[float]) -> Thresholds:
         try:
@@ -235,13 +235,7 @@ class Session:
                 f"thresholds {np.array2string(limits, threshold=8)} do not fit; "
                 f"give {self.exits - 1} numbers, one per exit but the last, infinity for never"
             )
-        return self._remembered(tuple(thresholds), _floats(limits))
-
-    def _remembered(self, given: float | tuple[float, ...], limits: Thresholds) -> Thresholds:
-        if len(self._known) >= _REMEMBERED:
-            self._known.clear()
-        self._known[given] = limits
-        return limits
+        return remember(self._known, tuple(thresholds), _floats(limits))
 
 
 def _floats(limits: np.ndarray) -> Thresholds:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp.runtime import InputError, TensorSpec
-from offramp.runtime.inputs import check_batch, check_finite
+from offramp.runtime.inputs import Known, check_batch, check_finite
 
 IMAGES = (TensorSpec("x", "float32", ("batch", 3, "side", "side")),)
 FIXED = (TensorSpec("rows", "float32", ("batch", 3)), TensorSpec("ages", "float32", ("batch",)))
@@ -96,6 +96,64 @@ def test_several_inputs_come_back_in_the_model_s_order() -> None:
     arrays, rows = check_batch({"mask": ids(2, 5), "ids": ids(2, 5)}, TOKENS)
     assert list(arrays) == ["ids", "mask"]
     assert rows == 2
+
+
+class Masked(np.ndarray):
+    """Some other kind of array."""
+
+
+class Lazy:
+    """What has an array's dtype and shape, and is none."""
+
+    dtype, shape, ndim = np.dtype(np.int64), (2, 5), 2
+
+
+def test_a_batch_of_a_known_kind_comes_back_too() -> None:
+    known: Known = {}
+    for batch in ({"mask": ids(2, 5), "ids": ids(2, 5)}, {"ids": ids(2, 5), "mask": ids(2, 5)}):
+        for _ in range(2):
+            arrays, rows = check_batch(batch, TOKENS, known)
+            assert arrays == batch
+            assert arrays is not batch  # the caller may write to its own before the last stage has read it
+            assert rows == 2
+    assert len(known) == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"ids": ids(2, 5), "mask": ids(2, 6)}, "disagree on 'length'"),
+        ({"ids": ids(2, 5), "mask": ids(3, 5)}, "disagree on 'batch'"),
+        ({"ids": ids(2, 5), "mask": ids(2, 5).astype(np.int32)}, "'mask' is int32"),
+        ({"ids": ids(2, 5), "mask": Lazy()}, "'mask' is a Lazy"),
+        ({"ids": ids(2, 5), "mask": [[0]]}, "'mask' is a list"),
+        ({"ids": ids(2, 5), "mark": ids(2, 5)}, "missing: 'mask'"),
+        ({"ids": ids(2, 5)}, "missing: 'mask'"),
+    ],
+)
+def test_what_a_known_kind_is_not_is_refused(batch: Any, message: str) -> None:
+    known: Known = {}
+    check_batch({"ids": ids(2, 5), "mask": ids(2, 5)}, TOKENS, known)
+    for _ in range(2):  # and does not become known by it
+        with pytest.raises(InputError, match=message):
+            check_batch(batch, TOKENS, known)
+    assert len(known) == 1
+
+
+def test_values_of_a_known_kind_are_looked_at() -> None:
+    known: Known = {}
+    check_batch({"x": image(2, 3, 4, 4)}, IMAGES, known)
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(InputError, match="first in row 1"):
+            check_batch({"x": np.stack([image(3, 4, 4), np.full((3, 4, 4), bad, np.float32)])}, IMAGES, known)
+
+
+def test_only_the_last_kinds_are_known() -> None:
+    known: Known = {}
+    for rows in range(1, 200):
+        check_batch({"x": image(rows, 3, 1, 1)}, IMAGES, known)
+        assert 0 < len(known) <= 64
+    assert check_batch({"x": image(1, 3, 1, 1).view(Masked)}, IMAGES, {})[1] == 1
 
 
 @given(
