@@ -61,21 +61,12 @@ METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class ExitRows(NamedTuple):  # not a frozen dataclass: to make one takes less than half the time, at every exit
-    """Rows that an exit answers, and which of them leave there; what goes on gets its answer from a later exit."""
+    """Rows that leave at an exit, with its answers."""
 
     exit: int
     rows: np.ndarray | None  # [n] int64, indices into the batch; None: the whole batch
     probabilities: np.ndarray  # [n, K] float32
     confidence: np.ndarray  # [n] float32
-    gone: np.ndarray | None = None  # indices into the n that leave; None: all
-
-    def leaving(self) -> ExitRows:
-        """Those alone that leave."""
-        gone = self.gone
-        if gone is None:
-            return self
-        known = gone if self.rows is None else self.rows.take(gone)
-        return ExitRows(self.exit, known, self.probabilities.take(gone, axis=0), self.confidence.take(gone))
 
 
 class WholeBatch(NamedTuple):
@@ -87,23 +78,27 @@ class WholeBatch(NamedTuple):
 
 
 def joined(parts: Sequence[ExitRows], rows: int) -> WholeBatch:
-    """Each exit's answers written over those of the exits before, for rows that go on are answered again.
-
-    At once, for between stages every call of numpy's costs microseconds.
-    """
-    first, later = parts[0], parts[1:]
-    probabilities, confidence = first.probabilities, first.confidence
-    exits = np.empty(rows, np.int64)
-    exits.fill(first.exit)
-    if first.rows is not None:
-        later = parts
-        probabilities, confidence = (
-            np.empty((rows, *known.shape[1:]), np.float32) for known in (probabilities, confidence)
+    """All rows of a batch, each of which is in one of the parts."""
+    first = parts[0]
+    exits = _alike(first.exit, rows)
+    if first.rows is None:
+        return WholeBatch(first.probabilities, first.confidence, exits)
+    probabilities, confidence = (
+        np.empty((rows, *known.shape[1:]), np.float32) for known in (first.probabilities, first.confidence)
+    )
+    for part in parts:
+        probabilities[part.rows], confidence[part.rows], exits[part.rows] = (
+            part.probabilities,
+            part.confidence,
+            part.exit,
         )
-    for part in later:
-        probabilities[part.rows], confidence[part.rows] = part.probabilities, part.confidence
-        exits[part.rows] = part.exit
     return WholeBatch(probabilities, confidence, exits)
+
+
+def _alike(exit_: int, rows: int) -> np.ndarray:
+    exits = np.empty(rows, np.int64)
+    exits.fill(exit_)
+    return exits
 
 
 class Executor(Protocol):
@@ -130,6 +125,20 @@ class Stage:
     fetched: list[str]  # kept, then probabilities and confidence
     passes_on: list[str]  # what later stages read and this one does not make
 
+    def ask(self, live: Arrays) -> list[np.ndarray]:
+        """Run it -> the values kept, probabilities, confidence."""
+        feed = {name: live[name] for name in self.inputs}
+        if self.asks:
+            feed[ASK] = _YES
+        return self.session.run(self.fetched, feed)
+
+    def go_through(self, live: Arrays) -> Arrays:
+        """Run it for what it passes on, its head unasked -> live values after it."""
+        feed = {name: live[name] for name in self.inputs}
+        if self.asks:
+            feed[ASK] = _NO
+        return carry(self, live, self.session.run(self.kept, feed) if self.kept else [])
+
 
 class Segments:
     """One model per stage, compaction between them."""
@@ -140,55 +149,67 @@ class Segments:
         self._worth = manifest.measured.worth_dropping or (0.0,) * len(self._stages)
 
     def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
+        for (probabilities, confidence, exits), index, on in self._partings(arrays, thresholds):
+            leaves = exits == index
+            leaves[on] = False
+            gone = leaves.nonzero()[0]
+            if len(gone) == len(exits):
+                yield ExitRows(index, None, probabilities, confidence)
+            else:
+                yield ExitRows(index, gone, probabilities.take(gone, axis=0), confidence.take(gone))
+
+    def answer_together(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> WholeBatch:
+        said, _, _ = list(self._partings(arrays, thresholds))[-1]
+        return said
+
+    def _partings(
+        self, arrays: Arrays, thresholds: Thresholds | np.ndarray
+    ) -> Iterator[tuple[WholeBatch, int, np.ndarray]]:
+        """Every exit that rows leave at: all that was answered so far, the exit, and which of the batch's rows go on.
+
+        Those that go on have this exit's answers until a later one writes its own over them.
+        """
         # Between two stages the caches are ONNX Runtime's: every Python step here costs several times what it
-        # costs in a loop of its own, at batch 1 a tenth of a small model in all.
+        # costs in a loop of its own, at batch 1 a twentieth of a small model in all.
         live = arrays
-        rows: np.ndarray | None = None  # of the batch, by live row; None: all, in order
-        waiting: np.ndarray | None = None  # live rows not answered yet, ascending; None: all
+        on: np.ndarray | None = None  # rows of the batch not answered yet, ascending; None: all
+        waiting: np.ndarray | None = None  # where they are among the live rows; None: they are the live rows
+        said: WholeBatch | None = None
         last = len(self._stages) - 1
         each = thresholds if isinstance(thresholds, np.ndarray) else None  # [rows, exits - 1]
         for index, stage in enumerate(self._stages):
-            feed = {name: live[name] for name in stage.inputs}
             limit: float | np.ndarray = -_NEVER
             if index < last:
-                limit = thresholds[index] if each is None else limits_of(each, rows, index)
+                limit = thresholds[index] if each is None else limits_of(each, on, index)
             if type(limit) is float and limit == _NEVER:
-                if stage.asks:
-                    feed[ASK] = _NO
-                values = stage.session.run(stage.kept, feed) if stage.kept else []
+                live = stage.go_through(live)
+                continue
+            values = stage.ask(live)
+            confidence, probabilities = values.pop(), values.pop()
+            count = len(confidence)
+            if waiting is not None:
+                confidence, probabilities = confidence.take(waiting), probabilities.take(waiting, axis=0)
+            stays = staying(confidence, limit) if index < last else _NOBODY
+            if stays is None:
                 live = carry(stage, live, values)
                 continue
-            if stage.asks:
-                feed[ASK] = _YES
-            values = stage.session.run(stage.fetched, feed)
-            confidence, probabilities = values.pop(), values.pop()
-            if index == last:
-                yield whole(index, rows, waiting, probabilities, confidence)
-                return
-            gone, stays = parted(confidence, limit, waiting)
-            if gone is None:
-                yield whole(index, rows, waiting, probabilities, confidence)
+            if said is None:
+                said = WholeBatch(probabilities, confidence, _alike(index, count))
+            else:
+                said.probabilities[on], said.confidence[on], said.exits[on] = probabilities, confidence, index
+            on = stays if on is None else on.take(stays)
+            yield said, index, on
+            if not len(on):
                 return
             live = carry(stage, live, values)
-            if stays is not None:
-                # Rows that go on are answered again, so whoever wants them all together need not take any out here.
-                said = ExitRows(index, rows, probabilities, confidence, gone)
-                yield said if waiting is None else said.leaving()
-                waiting = stays
-                if 1 - len(stays) / len(confidence) >= self._worth[index]:
-                    live = _picked(live, stays, arrays)
-                    rows, waiting = stays if rows is None else rows.take(stays), None
-
-    def answer_together(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> WholeBatch:
-        return joined(list(self.answer(arrays, thresholds)), rows_of(arrays))
+            waiting = stays if waiting is None else waiting.take(stays)
+            if 1 - len(on) / count >= self._worth[index]:
+                live, waiting = _taken(live, waiting, arrays), None
 
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
         live = arrays
         for index, stage in enumerate(self._stages):
-            feed = {name: live[name] for name in stage.inputs}
-            if stage.asks:
-                feed[ASK] = _YES
-            values = stage.session.run(stage.fetched, feed)
+            values = stage.ask(live)
             confidence, probabilities = values.pop(), values.pop()
             yield ExitRows(index, None, probabilities, confidence)
             live = carry(stage, live, values)
@@ -270,33 +291,21 @@ def stage_of(manifest: Manifest, index: int, session: EngineSession) -> Stage:
     return Stage(session, reads, ASK in session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on)
 
 
-def parted(
-    confidence: np.ndarray, limit: float | np.ndarray, waiting: np.ndarray | None
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Which live rows leave here and which wait on, ascending, of those that have waited; None: all of them."""
-    if waiting is None and type(limit) is float and len(confidence) <= _FEW:
-        scores = confidence.tolist()
+def staying(confidence: np.ndarray, limit: float | np.ndarray) -> np.ndarray | None:
+    """Which rows do not leave, ascending; None: nobody leaves."""
+    if type(limit) is float and len(confidence) <= _FEW:
+        scores = confidence.tolist()  # a Python float holds a float32 exactly
         if max(scores) < limit:  # not so where it is NaN
-            return _NOBODY, None
-        out = [row for row, score in enumerate(scores) if score >= limit]  # a Python float holds a float32 exactly
-        if not out:
-            return _NOBODY, None
-        if len(out) == len(scores):
-            return None, _NOBODY
+            return None
         stay = [row for row, score in enumerate(scores) if not score >= limit]
-        return np.array(out, np.int64), np.array(stay, np.int64)
-    asked = confidence if waiting is None else confidence.take(waiting)
-    leaves = asked >= (limit if isinstance(limit, float) or waiting is None else limit.take(waiting))
-    gone = leaves.nonzero()[0]
-    if not len(gone):
-        return _NOBODY, None
-    if len(gone) == len(leaves):
-        return None, _NOBODY
-    stays = (~leaves).nonzero()[0]
-    return (gone, stays) if waiting is None else (waiting.take(gone), waiting.take(stays))
+        if not stay:
+            return _NOBODY
+        return np.array(stay, np.int64) if len(stay) < len(scores) else None
+    stays = (~(confidence >= limit)).nonzero()[0]
+    return stays if len(stays) < len(confidence) else None
 
 
-def _picked(live: Arrays, rows: np.ndarray, theirs: Arrays) -> Arrays:
+def _taken(live: Arrays, rows: np.ndarray, theirs: Arrays) -> Arrays:
     """The live values' `rows` [n], ascending, in place of all; what bears a name of `theirs` is left as it is."""
     first, after = rows.item(0), rows.item(-1) + 1
     if after - first == len(rows):  # they lie side by side
@@ -322,16 +331,6 @@ def _moved_up(value: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def rows_of(arrays: Arrays) -> int:
     """B, the number of rows."""
     return len(next(iter(arrays.values())))
-
-
-def whole(
-    index: int, rows: np.ndarray | None, waiting: np.ndarray | None, probabilities: np.ndarray, confidence: np.ndarray
-) -> ExitRows:
-    """All rows that still wait leave together."""
-    if waiting is None:
-        return ExitRows(index, rows, probabilities, confidence)
-    known = waiting if rows is None else rows[waiting]
-    return ExitRows(index, known, probabilities[waiting], confidence[waiting])
 
 
 def limits_of(each: np.ndarray, rows: np.ndarray | None, index: int) -> float | np.ndarray:

@@ -33,14 +33,14 @@ from .execution import (
     chain,
     joined,
     limits_of,
-    parted,
     rows_of,
-    whole,
+    staying,
 )
 from .gather import ROWS, gather_model, kind_of
 from .manifest import Manifest
 
 _NEVER = float("inf")
+_NOBODY = np.empty(0, np.int64)
 
 
 class OnDevice:
@@ -59,33 +59,37 @@ class OnDevice:
         buckets = buckets_for(count, self._measured)
         size = buckets.fit(count)
         live = self._upload(arrays, size)
-        rows: np.ndarray | None = None  # of the batch, by live row; None: all, in order
-        waiting: np.ndarray | None = None  # live rows not answered yet, ascending; None: all
+        on: np.ndarray | None = None  # rows of the batch not answered yet, ascending; None: all
+        waiting: np.ndarray | None = None  # where they are among the live rows; None: they are the live rows
         last = len(self._stages) - 1
         each = thresholds if isinstance(thresholds, np.ndarray) else None  # [rows, exits - 1]
         for index, stage in enumerate(self._stages):
             limit: float | np.ndarray = -_NEVER
             if index < last:
-                limit = thresholds[index] if each is None else limits_of(each, rows, index)
+                limit = thresholds[index] if each is None else limits_of(each, on, index)
             if isinstance(limit, float) and limit == _NEVER:
                 live = self._pass(stage, live)
                 continue
             live, answers, padded = self._ask(stage, live)
-            confidence = padded[:count]
-            gone, stays = parted(confidence, limit, waiting)
-            if index == last or gone is None:
-                yield whole(index, rows, waiting, download(answers)[:count], confidence)
-                return
+            confidence = padded[:count] if waiting is None else padded.take(waiting)
+            stays = staying(confidence, limit) if index < last else _NOBODY
             if stays is None:
                 continue
-            probabilities = download(answers)[gone]
-            yield ExitRows(index, gone if rows is None else rows[gone], probabilities, confidence[gone])
-            waiting = stays
-            smaller = buckets.fit(len(stays))
+            leaves = np.ones(len(confidence), bool)
+            leaves[stays] = False
+            gone = leaves.nonzero()[0]
+            places = gone if waiting is None else waiting.take(gone)
+            known = gone if on is None else on.take(gone)
+            whole = len(gone) == len(confidence) and on is None
+            yield ExitRows(index, None if whole else known, download(answers).take(places, axis=0), confidence[gone])
+            if not len(stays):
+                return
+            on = stays if on is None else on.take(stays)
+            waiting = stays if waiting is None else waiting.take(stays)
+            smaller = buckets.fit(len(on))
             if smaller < size and 1 - smaller / size >= self._worth[index]:
-                live = self._take(index, live, _padded(stays, smaller))
-                rows, waiting = stays if rows is None else rows[stays], None
-                count, size = len(stays), smaller
+                live = self._take(index, live, _padded(waiting, smaller))
+                count, size, waiting = len(on), smaller, None
 
     def answer_together(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> WholeBatch:
         return joined(list(self.answer(arrays, thresholds)), rows_of(arrays))

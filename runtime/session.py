@@ -155,10 +155,9 @@ class Session:
         if on_exit is None:
             return _whole(executor.answer_together(arrays, limits))
         parts = []
-        for part in executor.answer(arrays, limits):
-            leaving = part.leaving()
+        for leaving in executor.answer(arrays, limits):
             on_exit(_indices(leaving), _answers(leaving))
-            parts.append(part)
+            parts.append(leaving)
         return _whole(joined(parts, rows))
 
     def stream(
@@ -244,8 +243,7 @@ def _floats(limits: np.ndarray) -> Thresholds:
 
 
 def _stream(parts: Iterator[ExitRows]) -> Iterator[tuple[np.ndarray, Answers]]:
-    for part in parts:
-        leaving = part.leaving()
+    for leaving in parts:
         yield _indices(leaving), _answers(leaving)
 
 

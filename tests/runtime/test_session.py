@@ -17,7 +17,7 @@ from tiny import CLASSES, INF, THRESHOLDS, Tiny, batch, doubtful, reference, ref
 from offramp.runtime import Answers, Session, UsageError, execution, load
 from offramp.runtime.artifact import write_artifact
 from offramp.runtime.engine import EngineSession
-from offramp.runtime.execution import _moved_up, parted
+from offramp.runtime.execution import _moved_up, staying
 
 PLANS = {
     "all at the first": (0.0, 0.0),
@@ -144,23 +144,16 @@ SCORES = st.sampled_from([0.2, 0.5, 0.8, math.nan])  # that one never leaves
 
 
 @given(
-    st.lists(st.tuples(SCORES, st.booleans(), st.sampled_from([0.2, 0.5, 0.8])), min_size=1),
-    st.sampled_from([1, 40]),
-    st.booleans(),
+    st.lists(st.tuples(SCORES, st.sampled_from([0.2, 0.5, 0.8])), min_size=1), st.sampled_from([1, 40]), st.booleans()
 )
-def test_every_row_that_waits_leaves_or_waits_on(
-    rows: list[tuple[float, bool, float]], repeat: int, one_limit: bool
-) -> None:
-    confidence, waits, limits = (np.array(column) for column in zip(*rows * repeat, strict=True))
-    limit = 0.5 if one_limit else limits
-    for waiting in (None, np.flatnonzero(waits)):
-        if waiting is not None and not len(waiting):
-            continue
-        asked = range(len(confidence)) if waiting is None else waiting.tolist()
-        gone, stays = parted(confidence, limit, waiting)
-        leave = [row for row in asked if confidence[row] >= (0.5 if one_limit else limits[row])]
-        assert list(asked if gone is None else gone) == leave
-        assert list(asked if stays is None else stays) == [row for row in asked if row not in set(leave)]
+def test_every_row_leaves_or_stays(rows: list[tuple[float, float]], repeat: int, one_limit: bool) -> None:
+    confidence, limits = (np.array(column) for column in zip(*rows * repeat, strict=True))
+    stays = staying(confidence, 0.5 if one_limit else limits)
+    leave = [row for row, score in enumerate(confidence) if score >= (0.5 if one_limit else limits[row])]
+    assert (stays is None) == (not leave)
+    if stays is not None:
+        assert sorted([*leave, *stays]) == list(range(len(confidence)))
+        assert stays.tolist() == sorted(stays)
 
 
 @pytest.mark.parametrize("size", SIZES)
