@@ -96,8 +96,9 @@ def joined(parts: Sequence[ExitRows], rows: int) -> WholeBatch:
 
 
 def _alike(exit_: int, rows: int) -> np.ndarray:
-    exits = np.empty(rows, np.int64)
-    exits.fill(exit_)
+    exits = np.zeros(rows, np.int64)
+    if exit_:
+        exits.fill(exit_)
     return exits
 
 
@@ -294,6 +295,8 @@ def stage_of(manifest: Manifest, index: int, session: EngineSession) -> Stage:
 def staying(confidence: np.ndarray, limit: float | np.ndarray) -> np.ndarray | None:
     """Which rows do not leave, ascending; None: nobody leaves."""
     if type(limit) is float and len(confidence) <= _FEW:
+        if len(confidence) == 1:
+            return _NOBODY if confidence.item() >= limit else None
         scores = confidence.tolist()  # a Python float holds a float32 exactly
         if max(scores) < limit:  # not so where it is NaN
             return None
