@@ -25,11 +25,11 @@ import numpy as np
 
 from .engine import EngineSession
 from .errors import ArtifactError
+from .inputs import Arrays
 from .manifest import Manifest, StageSpec
 
 V = TypeVar("V")  # a value, wherever it lies
 
-Arrays = dict[str, np.ndarray]
 Thresholds = tuple[float, ...]  # [exits - 1] float32 values
 _NEVER = float("inf")
 PROBABILITIES = "probabilities"
@@ -60,7 +60,7 @@ METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-class ExitRows(NamedTuple):  # not a frozen dataclass: to make one takes less than half the time, at every exit
+class ExitRows(NamedTuple):
     """Rows that leave at an exit, with its answers."""
 
     exit: int
@@ -87,12 +87,19 @@ def joined(parts: Sequence[ExitRows], rows: int) -> WholeBatch:
         np.empty((rows, *known.shape[1:]), np.float32) for known in (first.probabilities, first.confidence)
     )
     for part in parts:
-        probabilities[part.rows], confidence[part.rows], exits[part.rows] = (
-            part.probabilities,
-            part.confidence,
-            part.exit,
-        )
+        probabilities[part.rows], confidence[part.rows] = part.probabilities, part.confidence
+        exits[part.rows] = part.exit
     return WholeBatch(probabilities, confidence, exits)
+
+
+def written(
+    said: WholeBatch | None, rows: np.ndarray | None, index: int, probabilities: np.ndarray, confidence: np.ndarray
+) -> WholeBatch:
+    """What was said so far, an exit's answers for `rows` of the batch written over it; the first speaks for all."""
+    if said is None:
+        return WholeBatch(probabilities, confidence, _alike(index, len(confidence)))
+    said.probabilities[rows], said.confidence[rows], said.exits[rows] = probabilities, confidence, index
+    return said
 
 
 def _alike(exit_: int, rows: int) -> np.ndarray:
@@ -141,13 +148,17 @@ class Stage:
         return carry(self, live, self.session.run(self.kept, feed) if self.kept else [])
 
 
-class Segments:
-    """One model per stage, compaction between them."""
+class Staged:
+    """One model per stage: the rows that leave, exit by exit, to whoever wants them one after the other or together."""
 
-    def __init__(self, manifest: Manifest, sessions: Sequence[EngineSession]) -> None:
-        self._stages = chain(manifest, sessions)
-        # Never for all rows: a batch that is answered whole goes no further anyway.
-        self._worth = manifest.measured.worth_dropping or (0.0,) * len(self._stages)
+    def _partings(
+        self, arrays: Arrays, thresholds: Thresholds | np.ndarray
+    ) -> Iterator[tuple[WholeBatch, int, np.ndarray]]:
+        """Every exit that rows leave at: all that was said so far, the exit, and which of the batch's rows go on.
+
+        Those that go on have this exit's answers until a later one writes its own over them.
+        """
+        raise NotImplementedError
 
     def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
         for (probabilities, confidence, exits), index, on in self._partings(arrays, thresholds):
@@ -163,13 +174,18 @@ class Segments:
         said, _, _ = list(self._partings(arrays, thresholds))[-1]
         return said
 
+
+class Segments(Staged):
+    """One model per stage, compaction between them."""
+
+    def __init__(self, manifest: Manifest, sessions: Sequence[EngineSession]) -> None:
+        self._stages = chain(manifest, sessions)
+        # Never for all rows: a batch that is answered whole goes no further anyway.
+        self._worth = manifest.measured.worth_dropping or (0.0,) * len(self._stages)
+
     def _partings(
         self, arrays: Arrays, thresholds: Thresholds | np.ndarray
     ) -> Iterator[tuple[WholeBatch, int, np.ndarray]]:
-        """Every exit that rows leave at: all that was answered so far, the exit, and which of the batch's rows go on.
-
-        Those that go on have this exit's answers until a later one writes its own over them.
-        """
         # Between two stages the caches are ONNX Runtime's: every Python step here costs several times what it
         # costs in a loop of its own, at batch 1 a twentieth of a small model in all.
         live = arrays
@@ -194,10 +210,7 @@ class Segments:
             if stays is None:
                 live = carry(stage, live, values)
                 continue
-            if said is None:
-                said = WholeBatch(probabilities, confidence, _alike(index, count))
-            else:
-                said.probabilities[on], said.confidence[on], said.exits[on] = probabilities, confidence, index
+            said = written(said, on, index, probabilities, confidence)
             on = stays if on is None else on.take(stays)
             yield said, index, on
             if not len(on):
@@ -337,7 +350,7 @@ def rows_of(arrays: Arrays) -> int:
 
 
 def limits_of(each: np.ndarray, rows: np.ndarray | None, index: int) -> float | np.ndarray:
-    """The live rows' own thresholds; where they are all the same, that one."""
+    """These rows' own thresholds; where they are all the same, that one."""
     limits = each[:, index] if rows is None else each[rows, index]
     first = limits[0]
     return float(first) if (limits == first).all() else limits

@@ -33,12 +33,13 @@ def check_batch(batch: Any, inputs: Sequence[TensorSpec], known: Known | None = 
     `known` are the kinds of batches that were found right for the same inputs: one of a known kind is not looked at
     again. For one row that takes 3 microseconds less of ResNet-20's 500, and 18 of a six-layer BERT's 9500.
     """
-    kind = _kind_of(batch) if known is not None else None
-    rows = None if known is None or kind is None else known.get(kind)
+    known = {} if known is None else known
+    kind = _kind_of(batch)
+    rows = None if kind is None else known.get(kind)
     if rows is None:
         arrays = name_arrays(batch, [spec.name for spec in inputs])
         rows = check_arrays(arrays, inputs)
-        if known is not None and kind is not None:
+        if kind is not None:
             remember(known, kind, rows)
     else:
         arrays = dict(batch)

@@ -1,7 +1,7 @@
 """`Segments` for a GPU: values stay on the device from the input to the answer.
 
 The host sees, at each exit that is asked, the confidence [rows], which it needs to say who leaves and which is
-copied in the wait for the stage's own run; and, only where rows leave, those rows' probabilities: the answer. All
+copied in the wait for the stage's own run; and, only where rows leave, the probabilities: the answer. All
 probabilities of the exit are read at once then, as one copy of rows times classes takes less than picking rows on
 the device first. Compaction is one `Gather` on the device over all live values.
 
@@ -24,26 +24,27 @@ from .execution import (
     ASK,
     CONFIDENCE,
     PROBABILITIES,
-    Arrays,
     ExitRows,
     Stage,
+    Staged,
     Thresholds,
     WholeBatch,
     carry,
     chain,
-    joined,
     limits_of,
     rows_of,
     staying,
+    written,
 )
 from .gather import ROWS, gather_model, kind_of
+from .inputs import Arrays
 from .manifest import Manifest
 
 _NEVER = float("inf")
 _NOBODY = np.empty(0, np.int64)
 
 
-class OnDevice:
+class OnDevice(Staged):
     """One model per stage on a device, compaction there too."""
 
     def __init__(self, manifest: Manifest, sessions: Sequence[EngineSession], device: str) -> None:
@@ -54,13 +55,16 @@ class OnDevice:
         self._measured = measured_sizes(manifest)
         self._yes, self._no = upload(np.array(True), HOST), upload(np.array(False), HOST)
 
-    def answer(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> Iterator[ExitRows]:
+    def _partings(
+        self, arrays: Arrays, thresholds: Thresholds | np.ndarray
+    ) -> Iterator[tuple[WholeBatch, int, np.ndarray]]:
         count = rows_of(arrays)  # live rows, first in every live value; padding follows
         buckets = buckets_for(count, self._measured)
         size = buckets.fit(count)
         live = self._upload(arrays, size)
         on: np.ndarray | None = None  # rows of the batch not answered yet, ascending; None: all
         waiting: np.ndarray | None = None  # where they are among the live rows; None: they are the live rows
+        said: WholeBatch | None = None
         last = len(self._stages) - 1
         each = thresholds if isinstance(thresholds, np.ndarray) else None  # [rows, exits - 1]
         for index, stage in enumerate(self._stages):
@@ -75,24 +79,18 @@ class OnDevice:
             stays = staying(confidence, limit) if index < last else _NOBODY
             if stays is None:
                 continue
-            leaves = np.ones(len(confidence), bool)
-            leaves[stays] = False
-            gone = leaves.nonzero()[0]
-            places = gone if waiting is None else waiting.take(gone)
-            known = gone if on is None else on.take(gone)
-            whole = len(gone) == len(confidence) and on is None
-            yield ExitRows(index, None if whole else known, download(answers).take(places, axis=0), confidence[gone])
-            if not len(stays):
-                return
+            probabilities = download(answers)
+            probabilities = probabilities[:count] if waiting is None else probabilities.take(waiting, axis=0)
+            said = written(said, on, index, probabilities, confidence)
             on = stays if on is None else on.take(stays)
+            yield said, index, on
+            if not len(on):
+                return
             waiting = stays if waiting is None else waiting.take(stays)
             smaller = buckets.fit(len(on))
             if smaller < size and 1 - smaller / size >= self._worth[index]:
                 live = self._take(index, live, _padded(waiting, smaller))
                 count, size, waiting = len(on), smaller, None
-
-    def answer_together(self, arrays: Arrays, thresholds: Thresholds | np.ndarray) -> WholeBatch:
-        return joined(list(self.answer(arrays, thresholds)), rows_of(arrays))
 
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
         count = rows_of(arrays)

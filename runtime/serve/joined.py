@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import OfframpError
-from ..execution import ASK, Arrays, Stage, carry
+from ..execution import ASK, Stage, carry
+from ..inputs import Arrays
 from .requests import Chunk
 
 _log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..execution import Arrays
+from ..inputs import Arrays
 from .work import Deliver, Hosted
 
 if TYPE_CHECKING:
