@@ -22,9 +22,9 @@ Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exi
 sessions on one pool of them, as `share_threads` makes it, or with --own-pools each on its own, as without that call. In
 every round each answers the same batches of test rows, the order turned by one and every second time backwards, each
 after a rest and a small batch that is not counted, until every row's class is known; ratios are taken within a round,
-those to the ideal too. Small batches, whose times are short and unsteady, are timed in twice as many rounds. The README
-shows some batches, the JSON file and the plot all. Every variant's disagreement with the backbone, change in accuracy
-and exits over all test rows stand beside its times. Peak memory is that of a fresh process which loads one form and
+those to the ideal too. Rounds are short and many, so that what else the machine does meets all variants alike. The
+README shows some batches, the JSON file and the plot all. Every variant's disagreement with the backbone, change in
+accuracy and exits over all test rows stand beside its times. Peak memory is that of a fresh process which loads one form and
 answers batches of 32, above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by
 `onnx.save_model(..., save_as_external_data=True)`, in a plain session. Writes benchmarks/results/speed.json after each
 batch size, keeping tasks that are not asked for, the README's tables and docs/speed.svg. With --add the artifacts that
@@ -41,7 +41,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -72,9 +72,9 @@ SMALLER = {"resnet56": "resnet20", "resnet56_long": "resnet20"}
 WARM = 2  # rounds that are not counted
 REST = 0.01  # seconds; PyTorch's threads wait for more work as long, on the cores of whoever comes next
 WARM_ROWS = 8  # that each answers before its time is taken, for its weights and threads to be at hand
-SECONDS = 0.05  # of the plain backbone in a round, or more for so many calls, or one call
+SECONDS = 0.02  # of the plain backbone in a round, or more for so many calls, or one call
 CALLS, MORE_SECONDS = 4, 0.3
-SMALL, MORE_ROUNDS = 8, 2  # batches up to so many rows are timed in so many times as many rounds
+LONG, MORE_ROUNDS = 120, 5  # so many times as many rounds, if they take no more seconds
 JUDGED = 32  # rows at a time where the batch does not matter
 MEMORY_CALLS, MEMORY_RUNS = 8, 3
 MEMORY = """
@@ -207,18 +207,8 @@ def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int
     some, sides = draw(3), list(variants.values())
     variants["plain"].seconds(some)
     each = variants["plain"].seconds(some) / len(some)
-    rounds *= MORE_ROUNDS if batch <= SMALL else 1
     calls = int(np.clip(SECONDS / each, max(1, min(CALLS, MORE_SECONDS / each)), 256))
-    seconds = np.zeros((rounds, len(sides)))
-    for index in range(-WARM, rounds):
-        work, order = draw(calls), np.roll(np.arange(len(sides)), index)
-        few = [{name: values[:WARM_ROWS] for name, values in work[0].items()}]
-        for side in order if index % 2 else order[::-1]:
-            time.sleep(REST)
-            sides[side].seconds(few)
-            took = sides[side].seconds(work)
-            if index >= 0:
-                seconds[index, side] = took
+    seconds = np.array(list(_rounds(sides, lambda: draw(calls), rounds)))
     per_row = seconds * 1e3 / (calls * batch)
     of = {name: seconds[:, side] for side, name in enumerate(variants)}
     told = {
@@ -228,7 +218,26 @@ def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int
     for name in ("segments", "single_file"):
         told[name] |= _spread("over_ideal", of[name] / of["ideal"])
     told["none_leaves"] |= _spread("beyond_heads", (of["none_leaves"] - of["heads_alone"]) / of["plain"])
-    return {"batch": batch, "calls": calls, "rounds": rounds, "variants": told}
+    return {"batch": batch, "calls": calls, "rounds": len(seconds), "variants": told}
+
+
+def _rounds(sides: Sequence[Variant], draw: Callable[[], list[Batch]], rounds: int) -> Iterator[list[float]]:
+    """Seconds of each variant, round by round: at least so many, and more while they are short."""
+    end = math.inf
+    for index in range(-WARM, rounds * MORE_ROUNDS):
+        if index == 0:
+            end = time.monotonic() + LONG
+        elif index >= rounds and time.monotonic() > end:
+            return
+        work, order = draw(), np.roll(np.arange(len(sides)), index)
+        few = [{name: values[:WARM_ROWS] for name, values in work[0].items()}]
+        seconds = [0.0] * len(sides)
+        for side in order if index % 2 else order[::-1]:
+            time.sleep(REST)
+            sides[side].seconds(few)
+            seconds[side] = sides[side].seconds(work)
+        if index >= 0:
+            yield seconds
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, Any]:
@@ -316,7 +325,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["resnet20", "resnet56", "sst2", "resnet50"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--kind", choices=KINDS, default="searched")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=30, help="at least; up to five times as many in two minutes")
     parser.add_argument("--epochs", type=int, default=Training.epochs, help="that the heads were trained for")
     parser.add_argument("--earlyon", type=Path, metavar="DIR", help="where earlyon is installed")
     parser.add_argument("--earlyon-epochs", type=int, default=Training.epochs)
