@@ -24,8 +24,8 @@ every round each answers the same batches of test rows, the order turned by one 
 after a rest and a small batch that is not counted, until every row's class is known; ratios are taken within a round,
 those to the ideal too. Rounds are short and many, so that what else the machine does meets all variants alike. The
 README shows some batches, the JSON file and the plot all. Every variant's disagreement with the backbone, change in
-accuracy and exits over all test rows stand beside its times. Peak memory is that of a fresh process which loads one form and
-answers batches of 32, above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by
+accuracy and exits over all test rows stand beside its times. Peak memory is that of a fresh process which loads one
+form and answers batches of 32, above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by
 `onnx.save_model(..., save_as_external_data=True)`, in a plain session. Writes benchmarks/results/speed.json after each
 batch size, keeping tasks that are not asked for, the README's tables and docs/speed.svg. With --add the artifacts that
 the last run compiled are taken up, and only the batch sizes asked for are timed, beside or in place of those it timed.
