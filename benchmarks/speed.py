@@ -22,13 +22,13 @@ Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exi
 sessions on one pool of them, as `share_threads` makes it, or with --own-pools each on its own, as without that call. In
 every round each answers the same batches of test rows, the order turned by one and every second time backwards, each
 after a rest and a small batch that is not counted, until every row's class is known; ratios are taken within a round,
-those to the ideal too. Rounds are short and many, so that what else the machine does meets all variants alike. The
-README shows some batches, the JSON file and the plot all. Every variant's disagreement with the backbone, change in
-accuracy and exits over all test rows stand beside its times. Peak memory is that of a fresh process which loads one
-form and answers batches of 32, above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by
-`onnx.save_model(..., save_as_external_data=True)`, in a plain session. Writes benchmarks/results/speed.json after each
-batch size, keeping tasks that are not asked for, the README's tables and docs/speed.svg. With --add the artifacts that
-the last run compiled are taken up, and only the batch sizes asked for are timed, beside or in place of those it timed.
+those to the ideal too. There are as many rounds as two minutes hold, from 30 to 150. The README shows some batches, the
+JSON file and the plot all. Every variant's disagreement with the backbone, change in accuracy and exits over all test
+rows stand beside its times. Peak memory is that of a fresh process which loads one form and answers batches of 32,
+above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by `onnx.save_model(...,
+save_as_external_data=True)`, in a plain session. Writes benchmarks/results/speed.json after each batch size, keeping
+tasks that are not asked for, the README's tables and docs/speed.svg. With --add the artifacts that the last run
+compiled are taken up, and only the batch sizes asked for are timed, beside or in place of those it timed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ SMALLER = {"resnet56": "resnet20", "resnet56_long": "resnet20"}
 WARM = 2  # rounds that are not counted
 REST = 0.01  # seconds; PyTorch's threads wait for more work as long, on the cores of whoever comes next
 WARM_ROWS = 8  # that each answers before its time is taken, for its weights and threads to be at hand
-SECONDS = 0.02  # of the plain backbone in a round, or more for so many calls, or one call
+SECONDS = 0.05  # of the plain backbone in a round, or more for so many calls, or one call
 CALLS, MORE_SECONDS = 4, 0.3
 LONG, MORE_ROUNDS = 120, 5  # so many times as many rounds, if they take no more seconds
 JUDGED = 32  # rows at a time where the batch does not matter
@@ -325,7 +325,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["resnet20", "resnet56", "sst2", "resnet50"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--kind", choices=KINDS, default="searched")
-    parser.add_argument("--rounds", type=int, default=30, help="at least; up to five times as many in two minutes")
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="at least; five times as many where they take two minutes at most"
+    )
     parser.add_argument("--epochs", type=int, default=Training.epochs, help="that the heads were trained for")
     parser.add_argument("--earlyon", type=Path, metavar="DIR", help="where earlyon is installed")
     parser.add_argument("--earlyon-epochs", type=int, default=Training.epochs)
