@@ -39,7 +39,8 @@ EXTERNAL = ".data"  # behind a model's name: the file of weights too large for t
 _MANIFEST_LIMIT = 64 << 20  # a manifest is kilobytes; this bounds what a hostile archive makes us hold
 _CHUNK = 1 << 20
 F = TypeVar("F")
-_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError)
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,10 @@ class _Archive:
             return None
 
     def open(self, name: str) -> IO[bytes]:
-        return self.archive.open(self.root + name)
+        entry = self.archive.getinfo(self.root + name)
+        if entry.compress_type not in _COMPRESSIONS:  # other methods have errors of their own
+            raise zipfile.BadZipFile(f"{entry.filename} is not deflated")
+        return self.archive.open(entry)
 
     def close(self) -> None:
         """Let go of the archive; what is being read at this moment is read to its end."""

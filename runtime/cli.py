@@ -10,6 +10,7 @@ Exit status: 0 done, 2 an `OfframpError` or a wrong argument, 130 interrupted, 1
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import os
 import sys
@@ -22,6 +23,7 @@ from .errors import OfframpError, UsageError
 __all__ = ["Command", "main"]
 
 GROUP = "offramp.commands"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 BUILT_IN = {"inspect": INSPECT, "run": RUN, "tune": TUNE}
 # Known without loading anything; other plug-ins are listed by name.
 SUMMARIES = {
@@ -68,10 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("offramp: interrupted; nothing half-written was left")
         return 130
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         return 141
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise
+        _forget_stdout()
+        _complain(
+            f"offramp: error: standard output: could not be written ({error.strerror}); free space or redirect it"
+        )
+        return 2
     return status
+
+
+def _forget_stdout() -> None:
+    """The interpreter flushes stdout once more at exit; give it somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(argv: list[str]) -> int:

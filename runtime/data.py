@@ -12,8 +12,6 @@ not one integer per row, NaN or infinity, and what `inputs` refuses once the mod
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +20,7 @@ import numpy as np
 
 from .errors import InputError, OfframpError, UsageError
 from .images import ImageRows, open_images
-from .inputs import check_arrays, check_finite, name_arrays
+from .inputs import check_arrays, check_batch, check_finite, name_arrays
 from .manifest import TensorSpec
 from .paths import folder_at
 from .reference import is_reference, load_reference
@@ -53,8 +51,8 @@ class ArrayRows:
     """Rows that are arrays already, in memory or mapped."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], labels: np.ndarray | None = None) -> None:
-        """Refuses arrays without rows, of different lengths, or with values that are not finite."""
-        self._arrays = dict(arrays)
+        """Refuses what is no array, arrays without rows, of different lengths, or with values that are not finite."""
+        self._arrays = name_arrays(arrays, list(arrays))
         self.input_names = tuple(self._arrays)
         lengths = {name: len(array) if array.ndim else 0 for name, array in self._arrays.items()}
         if not lengths or not all(lengths.values()):
@@ -82,6 +80,40 @@ class ArrayRows:
         rows._length = self._length
         rows.labels = self.labels
         return rows
+
+
+class _OwnRows:
+    """Rows of a class of somebody's own, under the model's names."""
+
+    def __init__(self, rows: Rows, inputs: Sequence[TensorSpec]) -> None:
+        if not len(rows):
+            raise InputError("the data holds no rows; give at least one")
+        self._rows, self._inputs = rows, tuple(inputs)
+        self.input_names = tuple(spec.name for spec in inputs)
+        self.labels = None if rows.labels is None else _checked_labels(rows.labels, len(rows))
+        self.take(np.arange(1))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """[n] int64 -> arrays by input name, n rows each; refuses whatever the model does not take."""
+        given = self._rows.take(indices)
+        if isinstance(given, Mapping) and len(given) == len(self.input_names) == 1:
+            given = {self.input_names[0]: next(iter(given.values()))}
+        try:
+            arrays, count = check_batch(given, self._inputs)
+        except InputError as error:
+            raise InputError(f"{type(self._rows).__name__}.take({_few(indices)}): {error}") from error
+        if count != len(indices):
+            raise InputError(
+                f"{type(self._rows).__name__}.take({_few(indices)}) gives {count} rows; give one for each index"
+            )
+        return arrays
+
+
+def _few(indices: np.ndarray) -> str:
+    return np.array2string(indices, threshold=6, edgeitems=2, separator=", ")
 
 
 def open_data(
@@ -117,7 +149,8 @@ def open_data(
 def fit_rows(rows: Rows, inputs: Sequence[TensorSpec]) -> Rows:
     """The rows under the model's input names, their dtype and shape checked on all rows at once.
 
-    Images are checked on the first one: the preprocessing makes the others alike or refuses them.
+    Images are checked on the first one: the preprocessing makes the others alike or refuses them. Rows of a class of
+    one's own are checked, their values too, whenever some are taken.
     """
     names = [spec.name for spec in inputs]
     if isinstance(rows, ImageRows):
@@ -127,7 +160,7 @@ def fit_rows(rows: Rows, inputs: Sequence[TensorSpec]) -> Rows:
         check_arrays(images.take(np.arange(1)), inputs)
         return images
     if not isinstance(rows, ArrayRows):
-        raise UsageError(f"{type(rows).__name__} is not made by open_data; use ArrayRows")
+        return _OwnRows(rows, inputs)
     fitted = rows.renamed(names)
     check_arrays(fitted._arrays, inputs)
     return fitted
@@ -147,9 +180,10 @@ def _from_file(path: Path, inputs: Sequence[TensorSpec] | None) -> ArrayRows:
         raise InputError(f"{path}: neither .npy nor .npz, nor a folder; save the rows with numpy.save")
     try:
         arrays = _read_arrays(path)
-    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # whatever the parsers raise that numpy reads a file's header with
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{path}: cannot be read as arrays ({error}); save plain arrays with numpy.save or numpy.savez"
+            f"{path}: cannot be read as arrays ({reason:.200}); save plain arrays with numpy.save or numpy.savez"
         ) from error
     takes_labels = inputs is not None and LABELS in {spec.name for spec in inputs}
     labels = None if takes_labels or path.suffix == ".npy" else arrays.pop(LABELS, None)
@@ -214,12 +248,15 @@ def _split_batch(batch: Any) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     return arrays, None if labels is None else np.asarray(labels)
 
 
-def _checked_labels(labels: np.ndarray, rows: int) -> np.ndarray:
+def _checked_labels(labels: Any, rows: int) -> np.ndarray:
+    if not isinstance(labels, np.ndarray):
+        raise InputError(f"labels are a {type(labels).__name__}; pass a numpy array of integers")
     if labels.shape != (rows,) or labels.dtype.kind not in "iu":
         raise InputError(
             f"labels are {labels.dtype} of shape {labels.shape}; give one integer for each of the {rows} rows"
         )
-    return labels.astype(np.int64)
+    checked: np.ndarray = labels.astype(np.int64)
+    return checked
 
 
 def _check_values(array: np.ndarray, name: str) -> None:

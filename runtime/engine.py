@@ -166,8 +166,17 @@ def device_of(sessions: Sequence[EngineSession]) -> str | None:
 
 
 def upload(array: np.ndarray, device: str) -> Value:
-    """A value of the array's contents on a device; on the host it is the array's own memory."""
-    return find_onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
+    """A value of the array's contents on a device; on the host it is the array's own memory.
+
+    Raises `InputError` where it does not fit.
+    """
+    try:
+        return find_onnxruntime().OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), device)
+    except Exception as error:  # ONNX Runtime's errors share no other root
+        raise InputError(
+            f"{array.dtype} values of shape {array.shape} cannot be put on {device} ({reason_of(error)}); "
+            "take a smaller batch"
+        ) from error
 
 
 def download(value: Value) -> np.ndarray:

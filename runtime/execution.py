@@ -286,7 +286,11 @@ class SingleFile:
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
         for index in range(self._exits):
             alone = tuple(-_NEVER if exit_ == index else _NEVER for exit_ in range(self._exits - 1))
-            yield from self.answer(arrays, alone)
+            probabilities, confidence, exits = self.answer_together(arrays, alone)
+            # A confidence that is no number is above no threshold: the row went on, and what it got is another exit's.
+            unsure = exits != index
+            probabilities[unsure], confidence[unsure] = np.nan, np.nan
+            yield ExitRows(index, None, probabilities, confidence)
 
 
 def chain(manifest: Manifest, sessions: Sequence[EngineSession]) -> list[Stage]:

@@ -131,6 +131,12 @@ def open_images(folder: Path, preprocessing: str | None, name: str, labels: str 
     indices: np.ndarray | None = None
     if labels == "folders":
         classes = sorted({path.relative_to(folder).parts[0] for path in paths})
+        empty = sorted({entry.name for entry in folder.iterdir() if entry.is_dir()} - {*classes})
+        if empty := [name for name in empty if not name.startswith(".")]:
+            raise InputError(
+                f"{folder / empty[0]}: holds no image, and classes are numbered by all folders' names; "
+                "put its images there or remove it"
+            )
         if any(path.parent == folder for path in paths):
             raise InputError(f"{folder}: labels from folders, but images lie outside any; sort them by class")
         indices = np.array([classes.index(path.relative_to(folder).parts[0]) for path in paths], np.int64)

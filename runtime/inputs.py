@@ -75,14 +75,19 @@ def check_tolerance(tolerance: float | np.ndarray | None, rows: int, manifest: M
     """
     given = np.asarray(tolerance)
     if tolerance is None or given.ndim == 0:
-        return np.array(manifest.thresholds(None if tolerance is None else given.item()), np.float32)
+        return np.array(manifest.thresholds(None if tolerance is None else _scalar(given)), np.float32)
     if given.shape != (rows,) or given.dtype.kind not in "fiu":
         raise UsageError(
             f"tolerance is {given.dtype} {list(given.shape)}; give one number, or one for each of the {rows} rows"
         )
     levels, which = np.unique(given, return_inverse=True)
-    limits = [manifest.thresholds(float(level)) for level in levels]
+    limits = [manifest.thresholds(_scalar(level)) for level in levels]
     return np.array(limits, np.float32).reshape(len(levels), len(manifest.exits) - 1)[which]
+
+
+def _scalar(value: np.ndarray | np.generic) -> Any:
+    """Python's number; of a narrower float itself, for `Manifest.plan` to know what it is."""
+    return np.asarray(value)[()] if value.dtype in (np.float16, np.float32) else value.item()
 
 
 def name_arrays(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -246,8 +246,10 @@ class Manifest:
         given: object = tolerance
         if not (isinstance(given, numbers.Real) and 0 <= float(given) <= 1):
             raise UsageError(f"tolerance {tolerance!r} is not a share of rows; give a number from 0 to 1")
-        within = [plan for plan in self.plans if plan.tolerance <= tolerance]
-        return max(within, key=lambda plan: plan.tolerance) if within and tolerance > 0 else None
+        # 0.01 in float32 is less than 0.01: what was written is meant.
+        asked = float(str(given)) if hasattr(given, "dtype") else float(given)
+        within = [plan for plan in self.plans if plan.tolerance <= asked]
+        return max(within, key=lambda plan: plan.tolerance) if within and asked > 0 else None
 
     def thresholds(self, tolerance: float | None = None) -> tuple[float, ...]:
         """[exits - 1] of `plan(tolerance)`; an exit that never answers has infinity."""

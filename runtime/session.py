@@ -218,7 +218,7 @@ class Session:
         limits = check_tolerance(tolerance, rows, self._manifest)
         if limits.ndim > 1:
             return limits
-        return remember(self._known, float(tolerance), _floats(limits))
+        return remember(self._known, tolerance, _floats(limits)) if type(tolerance) is float else _floats(limits)
 
     def _limits(self, thresholds: Sequence[float]) -> Thresholds:
         try:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from .artifact import Artifact
 from .errors import ArtifactError, StorageError, UsageError
+from .paths import folder_at
 
 PASSES_FILE = "passes.zip"
 LIMIT = 256 << 20  # bytes of text; a large model's passes take a few megabytes
@@ -78,11 +79,12 @@ def read_passes(artifact: Artifact) -> tuple[PassRecord, ...]:
 
 def write_passes(records: Sequence[PassRecord], folder: Path) -> None:
     """The texts and the differences between neighbours, in a new or empty folder; whole or not at all."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: exists and is not an empty folder; choose another or remove it")
+    there = folder_at(folder)
     target = folder.absolute()
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        if there is False or (there and any(folder.iterdir())):
+            raise UsageError(f"{folder}: exists and is not an empty folder; choose another or remove it")
         target.parent.mkdir(parents=True, exist_ok=True)
         draft.mkdir()
         for name, text in _folder(records).items():

@@ -211,10 +211,11 @@ def best_set(exits: int, price: Callable[[tuple[int, ...]], float]) -> tuple[int
         return min(sets, key=price)
     best, least = everyone, price(everyone)
     while best:
-        fewer = min((tuple(e for e in best if e != out) for out in best), key=price)
-        if price(fewer) > least:
+        prices = {fewer: price(fewer) for fewer in (tuple(e for e in best if e != out) for out in best)}
+        fewer = min(prices, key=prices.__getitem__)
+        if prices[fewer] > least:
             return best
-        best, least = fewer, price(fewer)
+        best, least = fewer, prices[fewer]
     return best
 
 

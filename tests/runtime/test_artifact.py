@@ -189,6 +189,26 @@ def test_damaged_archives_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     assert noticed > 20
 
 
+@pytest.mark.parametrize("method", [1, 12, 14, 93, 200])
+def test_archives_that_say_they_are_compressed_otherwise_are_refused(tiny: Tiny, tmp_path: Path, method: int) -> None:
+    path = zipped(tiny.path, tmp_path / "a.zip", "", zipfile.ZIP_DEFLATED)
+    whole = path.read_bytes()
+    entries = [at for at in range(len(whole)) if whole.startswith(b"PK\1\2", at)]
+    for at in entries:
+        path.write_bytes(whole[: at + 10] + bytes([method]) + whole[at + 11 :])
+        with pytest.raises(ArtifactError, match="damaged archive"):
+            open_artifact(path)
+
+
+def test_an_archive_with_a_name_that_is_no_text_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    path = zipped(tiny.path, tmp_path / "a.zip", "é/")
+    whole, name = path.read_bytes(), "é/".encode()
+    at = whole.index(name, whole.index(b"PK\1\2"))
+    path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+    with pytest.raises(ArtifactError, match="damaged archive"):
+        open_artifact(path)
+
+
 def test_archives_of_another_form_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no manifest"):
         load(zipped(tiny.path, tmp_path / "deep.zip", "a/b/"))

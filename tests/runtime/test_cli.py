@@ -228,6 +228,16 @@ def test_a_reader_that_left_is_no_traceback(tiny: Tiny, environment: dict[str, s
     assert (process.wait(), stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="takes a device that is always full")
+def test_a_full_disk_behind_stdout_is_one_line(tiny: Tiny, environment: dict[str, str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "offramp.runtime", "inspect", "--json", str(tiny.path)]
+        told = subprocess.run(command, check=False, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert told.returncode == 2
+    assert told.stderr.startswith("offramp: error: standard output: could not be written (No space left on device)")
+    assert told.stderr.count("\n") == 1
+
+
 def test_the_module_is_the_command(tmp_path: Path, environment: dict[str, str]) -> None:
     path = write_tiny(tmp_path / "artifact").path
     (path / "model.onnx").write_bytes(b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import zipfile
@@ -113,6 +114,67 @@ def test_damaged_files_are_refused(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match="cannot be read as arrays"):
             open_data(path, inputs=None)
+
+
+def test_an_altered_header_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "d.npy", real())
+    whole = (tmp_path / "d.npy").read_bytes()
+    for byte in b" }'(,x":
+        for position in range(10, 80):
+            (tmp_path / "d.npy").write_bytes(whole[:position] + bytes([byte]) + whole[position + 1 :])
+            with contextlib.suppress(InputError):  # a space for a space changes nothing
+                open_data(tmp_path / "d.npy", inputs=X)
+
+
+@pytest.mark.parametrize("given", [{"x": [[1.0]]}, {"x": None}, {"x": real(), "y": (1, 2)}])
+def test_what_is_no_array_is_refused(given: Any) -> None:
+    with pytest.raises(InputError, match=r"is a (list|NoneType|tuple); pass a numpy array"):
+        ArrayRows(given)
+    with pytest.raises(InputError, match="labels are a list; pass a numpy array of integers"):
+        ArrayRows({"x": real()}, [0, 1])  # type: ignore[arg-type]
+
+
+class Lazy:
+    """Rows of a class of one's own."""
+
+    labels = np.arange(6)
+    input_names = ("mine",)
+
+    def __init__(self, values: np.ndarray, name: str = "mine") -> None:
+        self.values, self.name = values, name
+
+    def __len__(self) -> int:
+        return 6
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {self.name: self.values[indices]}
+
+
+def test_rows_of_a_class_of_one_s_own() -> None:
+    rows = fit_rows(Lazy(real()), X)
+    assert (len(rows), rows.input_names) == (6, ("x",))
+    assert rows.labels is not None
+    np.testing.assert_array_equal(rows.labels, np.arange(6))
+    np.testing.assert_array_equal(rows.take(np.array([4, 0]))["x"], real()[[4, 0]])
+    assert rows.take(np.arange(0))["x"].shape == (0, 4)
+
+
+def test_rows_of_a_class_of_one_s_own_are_checked_when_they_are_taken() -> None:
+    with pytest.raises(InputError, match=r"Lazy\.take\(\[0\]\): input 'x' is float64"):
+        fit_rows(Lazy(real().astype(np.float64)), X)
+    with pytest.raises(InputError, match=r"Lazy\.take\(\[0\]\): inputs missing: 'x'"):
+        fit_rows(Lazy(real()), XY)
+    rows = fit_rows(Lazy(bad_value()), X)
+    rows.take(np.array([0, 2]))
+    with pytest.raises(InputError, match=r"Lazy\.take\(\[2, 3\]\): input 'x' holds NaN"):
+        rows.take(np.array([2, 3]))
+
+    class Short(Lazy):
+        def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+            return {"mine": self.values[indices[:1]]}
+
+    with pytest.raises(InputError, match=r"Short\.take\(\[2, 3\]\) gives 1 rows"):
+        fit_rows(Short(real()), X).take(np.array([2, 3]))
 
 
 @pytest.mark.parametrize(
@@ -293,6 +355,12 @@ def test_folders_that_do_not_fit_are_refused(folder: Path) -> None:
         open_data(folder, inputs=XY, preprocessing="crop=8")
     with pytest.raises(InputError, match="lie outside any"):
         open_data(folder / "cat", inputs=None, preprocessing="crop=8", labels="folders")
+    (folder / "dog.empty").mkdir()
+    with pytest.raises(InputError, match=r"dog\.empty: holds no image, and classes are numbered by all folders' names"):
+        open_data(folder, inputs=None, preprocessing="crop=8", labels="folders")
+    (folder / "dog.empty").rmdir()
+    (folder / ".hidden").mkdir()
+    open_data(folder, inputs=None, preprocessing="crop=8", labels="folders")
     (folder / "cat" / "a.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match=r"a\.png: cannot be decoded"):
         everything(open_data(folder, inputs=None, preprocessing="crop=8"))

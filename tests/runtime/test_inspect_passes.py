@@ -77,6 +77,8 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not be written"):
         write_passes(RECORDS, tmp_path / "file" / "passes")
+    with pytest.raises(StorageError, match=r"could not be written|cannot be looked at"):
+        write_passes(RECORDS, tmp_path / ("long" * 75))
 
 
 def test_an_artifact_without_passes_says_so(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models import Compiled
 from tiny import INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all
 
-from offramp.runtime import ArtifactError, Session, TensorSpec, load
+from offramp.runtime import ArtifactError, InputError, Session, TensorSpec, load
 from offramp.runtime import engine as engine_module
 from offramp.runtime import on_device as on_device_module
 from offramp.runtime import session as session_module
@@ -317,6 +317,24 @@ def test_stages_are_timed_on_values_that_stay_on_the_device(
     assert (found.asked > 0).all()
     assert (found.gather[:2] > 0).all()
     assert found.gather[2] == 0
+
+
+@pytest.mark.parametrize("array", [np.array(True), np.zeros((2, 3)), np.asfortranarray(np.eye(3)), np.arange(8)[::2]])
+def test_a_value_on_the_device_has_the_array_s_shape_and_contents(array: np.ndarray) -> None:
+    value = engine_module.upload(array, engine_module.HOST)
+    assert tuple(value.shape()) == array.shape
+    np.testing.assert_array_equal(value.numpy(), array)
+
+
+def test_what_does_not_fit_on_the_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        @staticmethod
+        def ortvalue_from_numpy(*_: Any) -> None:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 12000000000")
+
+    monkeypatch.setattr(onnxruntime, "OrtValue", Full)
+    with pytest.raises(InputError, match=r"float64 values of shape \(2, 3\) cannot be put on cuda .*a smaller batch"):
+        engine_module.upload(np.zeros((2, 3)), "cuda")
 
 
 def test_a_stage_the_manifest_does_not_describe_is_refused(tiny: Tiny, artifact: Artifact) -> None:

@@ -209,6 +209,16 @@ def test_tolerances_that_are_none_are_refused(session: Session, given: float | n
         session.run(batch(3), tolerance=given)
 
 
+@pytest.mark.parametrize("narrow", [np.float16, np.float32])
+def test_a_tolerance_in_a_narrower_float_is_what_was_written(tiny: Tiny, session: Session, narrow: type) -> None:
+    rows = batch(60)
+    for level in DIAL:
+        assert session.manifest.plan(narrow(level)) == session.manifest.plan(level)
+        expected = session.run(rows, tolerance=level).exits
+        np.testing.assert_array_equal(session.run(rows, tolerance=narrow(level)).exits, expected)
+        np.testing.assert_array_equal(session.run(rows, tolerance=np.full(60, level, narrow)).exits, expected)
+
+
 def test_a_tolerance_and_thresholds_are_refused_together(tiny: Tiny, session: Session) -> None:
     with pytest.raises(UsageError, match="both a tolerance and thresholds"):
         session.run(batch(3), tolerance=0.01, thresholds=THRESHOLDS)
@@ -245,6 +255,18 @@ def test_run_all_gives_every_exit_for_every_row(session: Session, size: int) -> 
     np.testing.assert_allclose(everything.probabilities, reference_all(rows), atol=1e-5)
     np.testing.assert_array_equal(everything.classes, everything.probabilities.argmax(axis=2))
     np.testing.assert_array_equal(everything.confidence, everything.probabilities.max(axis=2, initial=-1))
+
+
+@pytest.mark.parametrize("spoilt", [[0], [1, 2], [0, 1, 2, 3]])
+def test_a_row_that_overflows_is_no_number_and_the_others_are_right(session: Session, spoilt: list[int]) -> None:
+    rows = batch(4)
+    expected = reference_all(rows)
+    rows["x"][spoilt] = 3e38  # finite, but not what comes of it
+    everything = session.run_all(rows)
+    whole = [row for row in range(4) if row not in spoilt]
+    assert np.isnan(everything.probabilities[:, spoilt]).all()
+    assert np.isnan(everything.confidence[:, spoilt]).all()
+    np.testing.assert_allclose(everything.probabilities[:, whole], expected[:, whole], atol=1e-5)
 
 
 @settings(max_examples=40)
