@@ -122,7 +122,15 @@ def identity_of(augment: Augment) -> str:
         return f"{identity_of(augment.func)} of {augment.args!r} {sorted(augment.keywords.items())!r}"
     called = augment if hasattr(augment, "__code__") else vars(type(augment)).get("__call__")
     told = _told(getattr(called, "__code__", None))
-    return f"{name_of(augment)} {told!r} {getattr(augment, '__dict__', {})!r}"
+    return f"{name_of(augment)} {told!r} {getattr(augment, '__dict__', {})!r}{_bound(called)}"
+
+
+def _bound(function: object) -> str:
+    """What a function was made with: defaults, and what it closes over."""
+    cells = getattr(function, "__closure__", None) or ()
+    closed = [getattr(cell.cell_contents, "__code__", cell.cell_contents) for cell in cells]
+    parts = (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None), closed or None)
+    return "".join(f" {_told(part)!r}" for part in parts if part)
 
 
 def _told(code: object) -> object:

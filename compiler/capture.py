@@ -241,6 +241,11 @@ def _check_rows(module: fx.GraphModule, arguments: tuple[torch.Tensor, ...], sco
     order = permuted_part(len(scores))
     change = difference(scores, _run(module, tuple(a[order] for a in arguments), title), order)
     if change > TOLERANCE:
+        if difference(scores, _run(module, arguments, title), torch.arange(len(scores))) > TOLERANCE:
+            raise ModelError(
+                f"{title} answers the same rows otherwise every time it runs; export it in eval mode, "
+                "and let dropout depend on self.training"
+            )
         raise BatchDependentError(
             f"{title}: a row's scores change by {change:.1%} of their scale when other rows share its batch; "
             "early exits need rows that do not depend on each other (look for statistics over dimension 0)"

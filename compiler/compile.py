@@ -132,7 +132,7 @@ def prepare(
             model, example, name=name, dynamic=said.dynamic, output=said.output, scores=said.scores, say=say
         )
     rows = fit_rows(rows, input_specs(backbone))
-    beside = None if static is None else capture_static(static, example, static_name, backbone)
+    beside = None if static is None else capture_static(static, example, static_name, backbone, said)
     found = find_candidates(backbone, limits=options.limits)
     found = keep_independent(backbone, found, bind(backbone.inputs, example, backbone.name))
     plain = plain_model(backbone, options.forms)  # an operator no target can express is better found before training

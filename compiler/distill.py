@@ -193,6 +193,8 @@ class _Trainer:
 def job_fingerprint(stream: Stream, *parts: np.ndarray) -> str:
     """Backbone, augmentation and row indices in full, of the rows themselves some: enough to tell jobs apart."""
     digest = hashlib.sha256(stream.backbone.fingerprint().encode())
+    if stream.backbone.scores != "logits":  # the graph says nothing of it
+        digest.update(stream.backbone.scores.encode())
     digest.update(identity_of(stream.augment).encode())
     for part in parts:
         digest.update(part.tobytes())

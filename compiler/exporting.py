@@ -79,9 +79,11 @@ def functional(program: ExportedProgram, title: str) -> ExportedProgram:
         warnings.simplefilter("ignore", FutureWarning)
         # An empty table: only functionalise. Finer operators would hide what a person recognises.
         program = program.run_decompositions({})
-    changed = [s.target for s in program.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
-    if changed:
-        raise ModelError(f"{title} writes to its own state ({changed[0]}) when it runs; export it in eval mode")
+    changed = [s for s in program.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
+    for spec in changed:
+        if spec.kind is OutputKind.USER_INPUT_MUTATION:
+            raise ModelError(f"{title} writes into its input {spec.target} when it runs; let it work on a copy")
+        raise ModelError(f"{title} writes to its own state ({spec.target}) when it runs; export it in eval mode")
     return program
 
 

@@ -113,6 +113,10 @@ class Options:
             raise UsageError(f"the time of {self.cost_batch} rows is asked for; give 1 or more")
         if self.cost == TIME and not any_onnx(self.forms):
             raise UsageError("time is measured in ONNX Runtime; add target onnx-segments, or choose exits by flops")
+        if self.rounds < 1:
+            raise UsageError(f"{self.rounds} rounds measure nothing; give 1 or more, or no batches to measure at")
+        if wrong := [size for size in self.batches if size < 1]:
+            raise UsageError(f"batches of {wrong[0]} rows cannot be measured; give 1 or more")
         if self.max_candidates < 1:
             raise UsageError(f"at most {self.max_candidates} candidates leaves none; give 1 or more")
         check_targets(self.forms)

@@ -23,11 +23,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -40,6 +38,7 @@ from offramp.runtime.errors import ModelError
 from offramp.runtime.execution import CONFIDENCE, PROBABILITIES
 
 from .emit import INLINE_LIMIT, stage_specs, weight_bytes
+from .emit.external import temporary_folder
 from .emit.gate import values_read
 from .emitted import Batch, Stages
 from .progress import bar
@@ -172,8 +171,8 @@ def _int8(body: onnx.ModelProto, feeds: Feeds) -> onnx.ModelProto:
     kinds = (*_PRODUCTS, *_BETWEEN) if present & {"Conv", "ConvTranspose"} else _PRODUCTS
     if not present & {*_PRODUCTS}:
         return body
-    with tempfile.TemporaryDirectory(prefix="offramp-") as folder, _quiet():
-        given, made = str(Path(folder) / "float32.onnx"), str(Path(folder) / "int8.onnx")
+    with temporary_folder() as folder, _quiet():
+        given, made = str(folder / "float32.onnx"), str(folder / "int8.onnx")
         # Batch norms were folded, and names chosen, when the model was made: types and shapes are all that is wanted.
         quant_pre_process(body, given, skip_optimization=True, skip_symbolic_shape=True)
         quantize_static(

@@ -24,13 +24,27 @@ from offramp.runtime.manifest import StaticEvaluation
 from .capture import capture
 from .evaluate import regret
 from .record import record
+from .signature import Signature
 
 
 def capture_static(
-    model: nn.Module | ExportedProgram, example: Mapping[str, torch.Tensor], name: str | None, backbone: Backbone
+    model: nn.Module | ExportedProgram,
+    example: Mapping[str, torch.Tensor],
+    name: str | None,
+    backbone: Backbone,
+    said: Signature,
 ) -> Backbone:
-    """The static model and example inputs by name -> its graph, if it answers what `backbone` answers."""
-    static = capture(model, example, name=name or f"static {type(model).__name__}")
+    """The static model and example inputs by name -> its graph, if it answers what `backbone` answers.
+
+    What was `said` of the backbone's outputs is tried where the model does not speak for itself.
+    """
+    title = name or f"static {type(model).__name__}"
+    try:
+        static = capture(model, example, name=title)
+    except ModelError:
+        if said.output is None and said.scores is None:
+            raise
+        static = capture(model, example, name=title, output=said.output, scores=said.scores)
     if static.classes != backbone.classes:
         raise ModelError(
             f"{static.name} answers {static.classes} classes, {backbone.name} {backbone.classes}; "

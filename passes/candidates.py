@@ -28,7 +28,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from .backbone import Backbone, depends_on_data, free_dimensions, module_path, value_name
+from .backbone import Backbone, depends_on_data, free_dimensions, is_size, module_path, value_name
 from .cuts import Cut, ValueGraph, analyse, row_bytes
 
 _AT_INFERENCE = {
@@ -157,6 +157,8 @@ def _only_rearranges(node: fx.Node) -> bool:
 
 def side_inputs(node: fx.Node, context: Context) -> str | None:
     cut = context.cuts[node] = context.values.cut(node)
+    if cut.stuck and is_size(cut.stuck[0]):
+        return f"the size {cut.stuck[0].meta['val']} is read behind it, and nothing that can travel has it"
     if cut.stuck:
         return f"{cut.stuck[0].name} is read behind it and its dimension 0 is not the batch"
     if cut.side_bytes > context.limits.side_bytes:

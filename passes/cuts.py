@@ -11,15 +11,17 @@ stream with the most compute runs first and has cuts of its own; the others wait
 before they are needed, from side values carried there. What a waiting stream made is never carried over a cut.
 
 A side value still read behind a cut is a *side input*: it travels with the live rows. It can travel only if
-its dimension 0 is the batch; otherwise it is computed again behind the cut from side values that can.
+its dimension 0 is the batch; otherwise it is computed again behind the cut from side values that can. So does the
+smallest side value that has a size which is read behind the cut, where the cut's own value has no such dimension.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 import torch
@@ -38,7 +40,7 @@ class Cut:
 
     node: fx.Node
     side_inputs: tuple[fx.Node, ...]  # side values read behind the cut that can be carried
-    stuck: tuple[fx.Node, ...]  # side values read behind the cut that cannot
+    stuck: tuple[fx.Node, ...]  # side values and sizes read behind the cut that cannot
     side_bytes: int  # per row, at the captured sizes
 
 
@@ -124,7 +126,7 @@ class ValueGraph:
         read: list[fx.Node] = []
         for n in sorted(behind, key=self.order.__getitem__):
             read += data_arguments(n)
-        carried, stuck = self.carried(read)
+        carried, stuck = self.travelling(behind, node, read)
         size = sum(row_bytes(n.meta["val"]) for n in carried)
         return Cut(node, carried, stuck, size)
 
@@ -150,6 +152,42 @@ class ValueGraph:
             elif node not in self.graph:
                 todo += data_arguments(node)
         return tuple(sorted(carried, key=self.order.__getitem__)), tuple(stuck)
+
+    def travelling(
+        self, members: Collection[fx.Node], cut: fx.Node, read: Iterable[fx.Node]
+    ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+        """As `carried`, for `members` that read `read` behind a cut: with what has the sizes that they read as well."""
+        carried, stuck = self.carried(read)
+        for size in self._sizes_unknown(members, (cut, *carried)):
+            bearers = [n for n in self.side if self.is_compactable(n) and str(size.meta["val"]) in _sizes_of(n)]
+            if not bearers:
+                stuck = (*stuck, size)
+            elif not {*bearers} & {*carried}:
+                smallest = min(bearers, key=lambda n: (row_bytes(n.meta["val"]), self.order[n]))
+                carried = tuple(sorted((*carried, smallest), key=self.order.__getitem__))
+        return carried, stuck
+
+    def _sizes_unknown(self, members: Collection[fx.Node], inputs: Sequence[fx.Node]) -> list[fx.Node]:
+        """Sizes read by members, or by what they compute anew, that neither inputs nor members have."""
+        own = {*members, *inputs}
+        known = {size for node in inputs for size in _sizes_of(node)}
+        unknown: list[fx.Node] = []
+        seen: set[fx.Node] = set()
+        todo = [argument for node in members for argument in node.all_input_nodes]
+        while todo:
+            node = todo.pop()
+            if node in seen or node in own or (is_size(node) and str(node.meta["val"]) in known):
+                continue
+            seen.add(node)
+            if is_size(node) and any(a not in own and self._is_elsewhere(a) for a in data_arguments(node)):
+                unknown.append(node)
+            else:
+                todo += node.all_input_nodes
+        return sorted(unknown, key=self.order.__getitem__)
+
+    def _is_elsewhere(self, node: fx.Node) -> bool:
+        """Whether a value is never computed anew."""
+        return node in self.graph or node.op == "placeholder" or (node in self.side and self.is_compactable(node))
 
     def is_compactable(self, node: fx.Node) -> bool:
         """Whether dimension 0 of the value is exactly the batch symbol."""
@@ -228,6 +266,12 @@ def _is_free(node: fx.Node, flops: Mapping[str, float], module: torch.nn.Module)
     """No counted compute and no parameter read; buffers and constants (a mask's minus infinity) are none."""
     read = [attribute(module, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
     return not flops.get(node.name) and not any(isinstance(value, torch.nn.Parameter) for value in read)
+
+
+def _sizes_of(node: fx.Node) -> set[str]:
+    """A value's dimensions that vary."""
+    sizes: Iterable[Any] = value.shape if isinstance(value := node.meta.get("val"), torch.Tensor) else ()
+    return {str(size) for size in sizes if isinstance(size, torch.SymInt)}
 
 
 def data_arguments(node: fx.Node) -> list[fx.Node]:

@@ -7,8 +7,8 @@
 4. `ReshapeViews` turns `view` into `reshape`: tracing wrote down views because of the strides it saw, but another
    kernel of the same operator (attention for no rows, or on another device) may lay its result out otherwise, and a
    `clone` that made them right may be gone by rule 2.
-5. `NameSqueezed` says which dimensions a `squeeze` of everything drops: those that are always one. Left to find out
-   at run time, it would drop the batch as well when one row is left.
+5. `NameSqueezed` says which dimensions a `squeeze` drops: those that are always one. Left to find out at run time, one
+   of everything would drop the batch as well when one row is left, and ONNX has none that leaves alone what is larger.
 
 All are safe on a functional graph: no node writes to its input, so two names for one value are one value, and
 whether a reshape copies shows nowhere.
@@ -41,6 +41,7 @@ IDENTITIES: frozenset[Any] = frozenset(
         aten.lift_fresh_copy.default,
     }
 )
+SQUEEZES = (aten.squeeze.default, aten.squeeze.dim)
 VIEWS = (aten.view.default, aten._unsafe_view.default)
 _TRAIN_ARGUMENT: dict[Any, int] = {
     aten.dropout.default: 2,
@@ -105,14 +106,21 @@ class ReshapeViews(Pass[Backbone, Backbone]):
 
 
 class NameSqueezed(Pass[Backbone, Backbone]):
-    """Squeezes name their dimensions."""
+    """Squeezes name the dimensions they drop."""
 
     def call(self, subject: Backbone) -> PassResult[Backbone]:
         def name_dimensions(node: fx.Node) -> None:
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            always_one = [d for d, size in enumerate(source.meta["val"].shape) if isinstance(size, int) and size == 1]
+            sizes = source.meta["val"].shape
+            meant = list(range(len(sizes)))
+            if node.target is aten.squeeze.dim and sizes:
+                meant = [meant[int(str(node.args[1]))]]
+            always_one = [d for d in meant if isinstance(sizes[d], int) and sizes[d] == 1]
             node.target, node.args = aten.squeeze.dims, (source, always_one)
+            if not always_one:
+                node.replace_all_uses_with(source)
+                node.graph.erase_node(node)
 
         return _rewritten(subject, _squeezes, name_dimensions)
 
@@ -151,7 +159,7 @@ def _rewritten(
 
 
 def _squeezes(backbone: Backbone) -> list[fx.Node]:
-    return backbone.graph.find_nodes(op="call_function", target=aten.squeeze.default)
+    return [node for target in SQUEEZES for node in backbone.graph.find_nodes(op="call_function", target=target)]
 
 
 def _views(backbone: Backbone) -> list[fx.Node]:

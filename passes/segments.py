@@ -85,11 +85,14 @@ class _Splitter:
 
     def _sides(self, index: int) -> tuple[fx.Node, ...]:
         read = [a for n in self.members[index] for a in data_arguments(n)]
-        carried, stuck = self.values.carried(read)
-        if stuck and index:
+        if not index:
+            carried, stuck = self.values.carried(read)
+            return (*carried, *stuck)
+        carried, stuck = self.values.travelling(self.members[index], self.cuts[index - 1], read)
+        if stuck:
             cut = self.cuts[index - 1].name
             raise PlanError(f"no exit can go at {cut}: {stuck[0].name} is read behind it and cannot travel")
-        return (*carried, *stuck)
+        return carried
 
     def segments(self) -> tuple[Segment, ...]:
         segments = []

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _forget_stdout()
         return 141
     except OSError as error:
-        if error.filename is not None or error.errno not in _FULL:
+        if error.errno not in _FULL or not _stdout_is_full():
             raise
         _forget_stdout()
         _complain(
@@ -81,6 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     return status
+
+
+def _stdout_is_full() -> bool:
+    """Whether a line more cannot be written to stdout."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
 
 
 def _forget_stdout() -> None:

@@ -263,6 +263,9 @@ def _check_values(array: np.ndarray, name: str) -> None:
     """In chunks, so that a mapped file larger than memory can be checked."""
     if array.dtype.kind not in "biuf":
         raise InputError(f"input {name!r} is {array.dtype}; give numbers")
+    if not array.dtype.isnative or array.dtype.itemsize > 8:
+        plain = "float64" if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=").name
+        raise InputError(f"input {name!r} is {array.dtype.str}, which models do not take; give .astype({plain!r})")
     step = max(1, _CHUNK_BYTES // max(1, array.nbytes // len(array)))
     for start in range(0, len(array), step):
         check_finite(array[start : start + step], name, start)

@@ -7,6 +7,7 @@ checks every file. Tensors below a kilobyte stay where they are, because shape i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import tempfile
@@ -18,6 +19,7 @@ from onnx import TensorProto, external_data_helper, helper
 
 from offramp.runtime.artifact import EXTERNAL
 from offramp.runtime.engine import ModelBytes
+from offramp.runtime.errors import StorageError
 
 INLINE_LIMIT = 1 << 30  # well below 2 GiB: while branches are nested in branches, protobuf holds and grows copies
 _STAYS = 1024  # bytes
@@ -69,6 +71,19 @@ def model_files(model: onnx.ModelProto, file: str, limit: int = INLINE_LIMIT) ->
     return checked(model, file, external)
 
 
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for as long as it is needed. Raises `StorageError` where it cannot be made or filled."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="offramp-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise StorageError(
+            f"a model could not be put into a temporary folder ({error.strerror or error}); "
+            "set TMPDIR to a folder with room for it"
+        ) from error
+
+
 def checked(model: onnx.ModelProto, file: str, external: ExternalData | None = None) -> dict[str, bytes]:
     """The files of a model whose large weights lie in `external`, if anywhere outside; the same model, the same bytes.
 
@@ -79,11 +94,11 @@ def checked(model: onnx.ModelProto, file: str, external: ExternalData | None = N
         onnx.checker.check_model(data, full_check=True)
         return {file: data}
     weights = external.content()
-    with tempfile.TemporaryDirectory(prefix="offramp-") as folder:
+    with temporary_folder() as folder:
         # The checker looks whether the weights' file is there, and never into it.
-        place = Path(folder) / "model.onnx"
+        place = folder / "model.onnx"
         place.write_bytes(data)
-        with (Path(folder) / external.location).open("wb") as hollow:
+        with (folder / external.location).open("wb") as hollow:
             hollow.truncate(len(weights))
         onnx.checker.check_model(place, full_check=True)
     return {file: data, file + EXTERNAL: weights}

@@ -8,8 +8,9 @@ ONNX Runtime's `Where` takes up to three times as long.
 
 `gelu` is fused into one operator by ONNX Runtime if it is x/2 times (1 + erf), not x times half of it.
 
-`add` of a tiny number: the exporter's optimizer takes a constant within 1e-8 of zero for zero and drops the addition.
-A norm with an epsilon that small then divides nothing by nothing for a token of zeros.
+Numbers that are nearly neutral: the exporter's optimizer takes a number within 1e-8 of zero for zero, or within a
+hundred-thousandth of one for one, and drops the operator. A norm with an epsilon that small then divides nothing by
+nothing for a token of zeros. It looks at numbers alone, not at a list of one.
 
 Attention over anything but four dimensions (windows beside heads), and a number less a tensor, have no translation;
 both are the same as something that has.
@@ -28,11 +29,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from offramp.passes.backbone import copy_graph_module
+from offramp.passes.backbone import attribute, copy_graph_module
 
 aten = torch.ops.aten
-_TAKEN_FOR_ZERO = 1e-7  # by the optimizer, and a margin
-_SCALE = 2.0**20
+_NEUTRAL = {aten.add.Tensor: 0.0, aten.sub.Tensor: 0.0, aten.mul.Tensor: 1.0, aten.div.Tensor: 1.0}
+_NEAR = {"rel_tol": 1e-4, "abs_tol": 1e-7}  # what the optimizer takes for the same, and a margin
 
 
 def keep_promises(module: fx.GraphModule) -> fx.GraphModule:
@@ -41,6 +42,8 @@ def keep_promises(module: fx.GraphModule) -> fx.GraphModule:
     for node in kept.graph.nodes:
         if node.target in _PADS and any(user.target in _MAX_POOLS for user in node.users):
             node.target = joined
+        if any(_nearly(_NEUTRAL.get(node.target), value, kept) for value in node.args[:2]):
+            node.target = _listed(node.target)
         node.target = _PROMISES.get(node.target, node.target)
     kept.recompile()
     return kept
@@ -93,14 +96,33 @@ def _four(x: torch.Tensor) -> torch.Tensor:
     return x[None] if x.dim() == 3 else x.reshape(-1, *x.shape[-3:])
 
 
-def add(x: torch.Tensor, other: Any, **more: Any) -> torch.Tensor:
-    """As `aten.add`. Scaling by a power of two is exact, and beside the scaled number nothing is lost."""
-    tiny = isinstance(other, float) and 0 < abs(other) <= _TAKEN_FOR_ZERO and not more
-    if not tiny or not x.is_floating_point():
-        added: torch.Tensor = torch.add(x, other, **more)
-        return added
-    scaled: torch.Tensor = (x * _SCALE + other * _SCALE) / _SCALE
-    return scaled
+def _nearly(neutral: float | None, value: Any, module: fx.GraphModule) -> bool:
+    """Whether an argument is a number, or a weight without dimensions, that is not neutral but may be taken for it."""
+    if neutral is None:
+        return False
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        held = attribute(module, str(value.target))
+        value = held.item() if isinstance(held, torch.Tensor) and held.dim() == 0 else None
+    return isinstance(value, float) and value != neutral and math.isclose(value, neutral, **_NEAR)
+
+
+def _listed(operator: Any) -> Callable[..., torch.Tensor]:
+    """As an operator of two arguments; what has no dimensions is a list of one."""
+
+    def listed(x: Any, other: Any, **more: Any) -> torch.Tensor:
+        if max(value.dim() for value in (x, other) if isinstance(value, torch.Tensor)):
+            dtype = torch.result_type(x, other)
+            x, other = _list_of_one(x, dtype), _list_of_one(other, dtype)
+        made: torch.Tensor = operator(x, other, **more)
+        return made
+
+    return listed
+
+
+def _list_of_one(value: Any, dtype: torch.dtype) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        return torch.full((1,), value, dtype=dtype)
+    return value if value.dim() else value.reshape(1).to(dtype)
 
 
 def rsub(x: torch.Tensor, other: float, alpha: float = 1) -> torch.Tensor:
@@ -136,6 +158,5 @@ _MAX_POOLS = (aten.max_pool2d.default, aten.max_pool2d_with_indices.default, ate
 _PROMISES: Mapping[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: attention,
     aten.gelu.default: gelu,
-    aten.add.Tensor: add,
     aten.rsub.Scalar: rsub,
 }

@@ -71,12 +71,48 @@ class TinyEpsilon(nn.Module):
         return self.last(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon))
 
 
-@pytest.mark.parametrize("epsilon", [1e-6, 1e-8, 1e-12])
-def test_a_tiny_number_added_is_not_nothing(epsilon: float) -> None:
+class TinyWeight(TinyEpsilon):
+    """The same, its epsilon a weight without dimensions."""
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__(epsilon)
+        self.register_buffer("held", torch.tensor(epsilon, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x * torch.rsqrt(self.held + x.pow(2).mean(-1, keepdim=True)))
+
+
+class TinyLess(TinyEpsilon):
+    """The same, less the number's negative."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - -self.epsilon))
+
+
+class NearlyOne(nn.Module):
+    """Numbers so close to one that they are taken for it, told apart by what is left of their difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((x * 1.000007 - x) * 1e5 + (x / 1.000007 - x) * 3e5)
+
+
+def test_a_number_that_is_nearly_one_is_not_one() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    assert_same_in_onnx(NearlyOne(), x=x, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("norm", [TinyEpsilon, TinyWeight, TinyLess])
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-8, 1e-12, 1e-20, torch.finfo(torch.float32).tiny])
+def test_a_tiny_number_added_is_not_nothing(norm: type[TinyEpsilon], epsilon: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)) * 1e-5
     x[3:5] = 0
-    assert_same_in_onnx(TinyEpsilon(epsilon), x=x, rtol=1e-4, atol=1e-6)
+    assert_same_in_onnx(norm(epsilon), x=x, rtol=1e-4, atol=1e-6)
 
 
 class Blocks(nn.Module):

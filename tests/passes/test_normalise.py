@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from models import Attention, Chain, captured, rows, sentences
 from torch import fx, nn
 
+from offramp.compiler.emit import backbone_model
 from offramp.passes import (
     NORMALISATION,
     Backbone,
@@ -124,6 +127,28 @@ class Squeezed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(x) + self.score(x).squeeze()[:, None]
+
+
+class SqueezesScores(nn.Module):
+    """Squeezes what is one, what is not, and from behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x[:, None].squeeze(1).squeeze(-1)).unsqueeze(2).squeeze(-1).squeeze(1)
+
+
+def test_a_squeeze_of_what_is_not_one_is_none() -> None:
+    backbone = captured(SqueezesScores, x=rows(3))
+    assert not {aten.squeeze.default, aten.squeeze.dim} & {*targets(backbone)}
+    model = onnxruntime.InferenceSession(backbone_model(backbone).proto, providers=["CPUExecutionProvider"])
+    for size in (1, 3):
+        x = rows(3)[:size]
+        expected = backbone.graph_module(x).softmax(1).numpy()
+        assert expected.shape == (size, 4)
+        np.testing.assert_allclose(model.run(["probabilities"], {"x": x.numpy()})[0], expected, atol=1e-6)
 
 
 def test_a_batch_of_one_row_is_not_squeezed_away() -> None:

@@ -61,6 +61,35 @@ def test_each_parameter_belongs_to_one(kind: type[nn.Module], text: bool) -> Non
     assert {name: owners[name] for name in parameters} == dict.fromkeys(parameters, 1)
 
 
+class Averaged(nn.Module):
+    """Ends in a mean over as many tokens as came in, when there are half as many left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.last = nn.Embedding(32, 8), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList(nn.Conv1d(8, 8, 3, stride=2, padding=1) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = torch.relu(block(x.transpose(1, 2)).transpose(1, 2))
+        return self.last(x.sum(1) / ids.shape[1])
+
+
+@pytest.mark.parametrize("length", [12, 7])
+def test_what_has_a_size_that_is_read_behind_a_cut_travels(length: int) -> None:
+    ids = torch.randint(0, 32, (4, 12), generator=torch.Generator().manual_seed(0))
+    backbone = captured(Averaged, ids=ids)
+    places = find_candidates(backbone, limits=ALL).kept
+    # The first has the size itself, behind the third it is read no more.
+    assert [(p.name, p.side_inputs) for p in places[:3]] == [("embedding", ()), ("relu", ("ids",)), ("div", ())]
+    known = {"ids": ids[:, :length]}
+    expected = backbone.graph_module(known["ids"])
+    whole = split(backbone, [place.name for place in places])
+    torch.testing.assert_close(run(whole, dict(known), slice(None)), expected)
+    torch.testing.assert_close(run(split(backbone, ["relu"]), dict(known), [0, 2]), expected[[0, 2]])
+
+
 def test_compute_adds_up() -> None:
     backbone = captured(Residual)
     assert [s.flops for s in split(backbone, ["relu", "relu_1"])] == [2 * 6 * 16, 2 * 16 * 16, 2 * 16 * 4]
