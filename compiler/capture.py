@@ -38,8 +38,15 @@ from .signature import Signature
 # What an artifact's own inputs and outputs are called.
 _RESERVED = ("probabilities", "confidence", "exit", "thresholds")
 
-# Other sizes a free dimension is tried at; smaller ones, for the data's may be the largest there is.
-_SMALLER: tuple[Callable[[int], int], ...] = (lambda n: n - 1, lambda n: n - 2, lambda n: n // 2)
+# Other sizes a free dimension is tried at; the data's may be the largest there is, so the smaller ones come first.
+_OTHERS: tuple[Callable[[int], int], ...] = (
+    lambda n: n - 1,
+    lambda n: n - 2,
+    lambda n: n // 2,
+    lambda n: n + 1,
+    lambda n: 2 * n,
+)
+_LONGEST = 4096  # that is tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,22 +146,32 @@ def _trace_module(model: nn.Module, example: Mapping[str, torch.Tensor], signatu
             pass
         else:
             traced = _lifted(functional(program, title), tuple(inputs), signature, title)
-            if not traced.free() or _agrees(model, call, traced, _SMALLER[0]):
+            if not traced.free():
+                return traced
+            found = _at_other_sizes(model, call, traced, program)
+            if found[0] and False not in found:
                 return traced
     program = export(model, call, asked, title)
     traced = _lifted(functional(program, title), tuple(inputs), signature, title)
     if traced.free():
-        _check_sizes(model, call, traced, title)
+        _check_sizes(_at_other_sizes(model, call, traced, program), traced, title)
     return traced
 
 
-def _check_sizes(model: nn.Module, call: Call, traced: _Traced, title: str) -> None:
+def _at_other_sizes(model: nn.Module, call: Call, traced: _Traced, program: ExportedProgram) -> list[bool | None]:
+    """What `_agrees` says of other sizes, those first where tracing says that the model does something else."""
+    beyond = dimensions.bounds(traced.placeholders, program.range_constraints)
+    ends = [lambda _, size=size: size for size in sorted(beyond) if size <= _LONGEST]
+    return [_agrees(model, call, traced, size) for size in (*_OTHERS, *ends)]
+
+
+def _check_sizes(found: Sequence[bool | None], traced: _Traced, title: str) -> None:
     """Whatever was asked to be free is so at some other size at least, and then the graph is right."""
-    found = [_agrees(model, call, traced, size) for size in _SMALLER]
     places = ", ".join(f"{dimension} of {name}" for name, own in traced.free().items() for dimension in own)
     if False in found:
         raise ModelError(
-            f"{title}, exported, answers otherwise than itself when dimension {places} is smaller; leave dynamic out"
+            f"{title}, exported, answers otherwise than itself when dimension {places} has another size; "
+            "leave dynamic out"
         )
     if True not in found:
         raise ModelError(f"{title} runs at no other size of dimension {places} than the data's; leave dynamic out")
@@ -174,7 +191,7 @@ def _agrees(model: nn.Module, call: Call, traced: _Traced, size: Callable[[int],
 
     None when the model itself does not run then: its lengths may have to be even, say.
     """
-    short = call.with_inputs(dimensions.shorter(call.inputs(), traced.free(), size))
+    short = call.with_inputs(dimensions.resized(call.inputs(), traced.free(), size))
     with quiet():
         try:
             expected = pytree.tree_leaves(short(model))[traced.position]

@@ -8,6 +8,7 @@ else varies where a person says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,6 +19,7 @@ from offramp.runtime.errors import ModelError, UsageError
 
 from .signature import BATCH
 
+_UNBOUNDED = 1 << 20  # what torch says of a size that may be anything is far beyond
 SEQUENCE = "sequence"  # what a free length is called, unless a person says otherwise
 
 Words = Mapping[str, Mapping[int, str]]
@@ -44,16 +46,26 @@ def tried(dynamic: Words, example: Mapping[str, torch.Tensor]) -> dict[str, tupl
     }
 
 
-def shorter(
+def resized(
     example: Mapping[str, torch.Tensor], free: Mapping[str, Sequence[int]], size: Callable[[int], int]
 ) -> dict[str, torch.Tensor]:
-    """The same rows, cut to `size(n)` of n in every free dimension."""
-    cut = {}
-    for name, value in example.items():
-        own = free.get(name, ())
-        kept = tuple(slice(size(n) if dimension in own else n) for dimension, n in enumerate(value.shape))
-        cut[name] = value[kept].contiguous()
-    return cut
+    """The same rows, `size(n)` of n long in every free dimension: cut, or begun again where they end."""
+    made = dict(example)
+    for name, dimension in ((name, dimension) for name, own in free.items() for dimension in own):
+        n = made[name].shape[dimension]
+        made[name] = made[name].index_select(dimension, torch.arange(max(1, size(n))) % n)
+    return made
+
+
+def bounds(placeholders: Sequence[fx.Node], ranges: Mapping[Any, Any]) -> set[int]:
+    """Where the ranges end that tracing found for free dimensions, the batch aside: the first sizes beyond."""
+    beyond = set()
+    for _, _, size in _sizes(placeholders):
+        known = ranges.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+        if known is not None:
+            beyond |= {int(known.lower) - 1 if known.lower > 2 else 0}
+            beyond |= {int(known.upper) + 1 if known.upper < _UNBOUNDED else 0}
+    return beyond - {0}
 
 
 def batch_symbol(placeholders: Sequence[fx.Node], title: str) -> str:

@@ -1,7 +1,8 @@
 """Exporting: torch.export's program of a model, and the plain graph made of it.
 
 Dimension 0 is the batch. Further dimensions are left to torch.export (`Dim.AUTO`): it makes them free if the
-model's own code does not fix them, and whatever range it derives for them stands.
+model's own code does not fix them. It may derive a range for them, where a model branches on a length; `capture` tries
+what lies beyond.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from models import QUICK, Compiled
 from selenium import webdriver
 from torch import nn
 
-from offramp.compiler import compile, prepare, split_rows
+from offramp.compiler import Signature, compile, prepare, split_rows
 from offramp.compiler.demo import Digits
 from offramp.compiler.figures import svg
 from offramp.runtime import Manifest, render
@@ -241,6 +241,26 @@ class Elsewhere(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.only(x)
+
+
+class TwoAnswers(nn.Module):
+    """Scores beside others of the same shape."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        scores = self.model(x)
+        return {"scores": scores, "others": scores.flip(1)}
+
+
+@pytest.mark.parametrize("static", [TwoAnswers(small_model()), small_model()])
+def test_what_is_said_of_the_outputs_holds_for_the_static_model_if_it_must(digits: Digits, static: nn.Module) -> None:
+    options = dataclasses.replace(QUICK, signature=Signature(output="scores"))
+    ready = prepare(TwoAnswers(digits.model), digits.images, options=options, static=static)
+    assert ready.static is not None
+    assert ready.static.classes == 10
 
 
 @pytest.mark.parametrize(

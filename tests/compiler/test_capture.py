@@ -140,6 +140,22 @@ def test_refused_rows_that_depend_on_each_other() -> None:
         captured(Output(lambda s: s - s.mean(0)))
 
 
+def test_refused_randomness() -> None:
+    with pytest.raises(ModelError, match="answers the same rows otherwise every time it runs; export it in eval mode"):
+        captured(Output(lambda s: torch.nn.functional.dropout(s, 0.5)))
+
+
+class WritesInput(Chain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x /= 255
+        return super().forward(x)
+
+
+def test_refused_writes_into_the_input() -> None:
+    with pytest.raises(ModelError, match="WritesInput writes into its input x when it runs; let it work on a copy"):
+        captured(WritesInput)
+
+
 def test_refused_control_flow_with_torchs_reason() -> None:
     with pytest.raises(ModelError, match=r"Output cannot be exported: .*data-dependent"):
         captured(Output(lambda s: s if s.sum() > 0 else s + 1))

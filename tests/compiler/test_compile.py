@@ -199,6 +199,8 @@ def test_an_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
         ({"targets": ()}, r"target \(none\) is unknown"),
         ({"seed": -1}, "seed -1 is negative"),
         ({"max_candidates": 0}, "give 1 or more"),
+        ({"rounds": 0}, "0 rounds measure nothing"),
+        ({"batches": (1, 0)}, "batches of 0 rows cannot be measured"),
         ({"cost": "watts"}, "cost 'watts' does not exist; choose one of flops, time"),
         ({"cost_batch": 0}, "the time of 0 rows is asked for"),
         ({"cost": "time", "targets": ("torchscript",)}, "time is measured in ONNX Runtime; add target onnx-segments"),

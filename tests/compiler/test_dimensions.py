@@ -63,6 +63,19 @@ class Pairs(Attention):
         return self.last(twos.sum(2).mean(1))
 
 
+class Branches(Attention):
+    """Sums what it attends to, unless there are more tokens than `at`, or fewer."""
+
+    def __init__(self, at: int, above: bool) -> None:
+        super().__init__()
+        self.at, self.above = at, above
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = super().forward(ids, mask)
+        other = ids.shape[1] > self.at if self.above else ids.shape[1] < self.at
+        return scores.flip(1) if other else scores
+
+
 class Several(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -121,6 +134,22 @@ def test_a_length_the_model_only_sometimes_takes_is_free_on_request() -> None:
     assert shapes(backbone) == (("ids", ("batch", "words")), ("mask", ("batch", "words")))
     other = longer(3, 10)
     torch.testing.assert_close(backbone.graph_module(*other.values()), model(**other))
+
+
+@pytest.mark.parametrize(("at", "above"), [(9, True), (6, True), (5, False)])
+def test_a_length_the_model_branches_on_stays_fixed(at: int, above: bool) -> None:
+    model, example = Branches(at, above), longer(8, 6)
+    backbone = capture(model, example)
+    assert shapes(backbone) == (("ids", ("batch", 6)), ("mask", ("batch", 6)))
+    torch.testing.assert_close(backbone.graph_module(*example.values()), model(**example))
+    with pytest.raises(
+        ModelError, match="answers otherwise than itself when dimension 1 of ids, 1 of mask has another"
+    ):
+        capture(model, example, dynamic={"ids": {1: "words"}, "mask": {1: "words"}})
+
+
+def test_a_branch_far_beyond_any_length_does_no_harm() -> None:
+    assert shapes(capture(Branches(5000, above=True), sentences(8))) == FREE
 
 
 def test_a_length_is_fixed_on_request() -> None:

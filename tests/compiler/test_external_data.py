@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 import zipfile
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 from models import INF, Chain, Compiled, captured, rows, with_exits
 
 from offramp.compiler.emit import backbone_model, emit, model_files
+from offramp.compiler.emit.external import temporary_folder
 from offramp.passes import ExitProgram
 from offramp.runtime import ArtifactError, file_spec, load, open_artifact, write_artifact
 from offramp.runtime.engine import EngineSession
+from offramp.runtime.errors import StorageError
 
 LIMIT = 2048
 
@@ -24,6 +27,14 @@ LIMIT = 2048
 @pytest.fixture(scope="module")
 def program() -> ExitProgram:
     return with_exits(captured(Chain), ["relu", "relu_1"], [0.4, 0.5])
+
+
+def test_a_temporary_folder_that_cannot_be_filled_is_said() -> None:
+    with (
+        pytest.raises(StorageError, match=r"temporary folder .*No space left on device.*; set TMPDIR"),
+        temporary_folder(),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.fixture(scope="module")

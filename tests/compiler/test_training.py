@@ -32,7 +32,8 @@ from offramp.compiler import (
     record,
     split_rows,
 )
-from offramp.compiler.augment import Batch, default_augmentation, identity_of
+from offramp.compiler.augment import Augment, Batch, default_augmentation, identity_of
+from offramp.compiler.distill import job_fingerprint
 from offramp.compiler.heads import BUDGET, head_flops
 from offramp.compiler.learner import Learner, softened
 from offramp.compiler.stream import Observed, Stream
@@ -457,10 +458,25 @@ def test_augmentations_are_told_apart_by_what_they_do() -> None:
     def shifted(batch: Batch, generator: torch.Generator, by: float = 1.0) -> Batch:
         return {name: by + x for name, x in batch.items()}
 
+    def made(by: float, more: float = 1.0) -> Augment:
+        def closes(batch: Batch, generator: torch.Generator, *, then: float = more) -> Batch:
+            return {name: by * x + then for name, x in batch.items()}
+
+        return closes
+
     shifted.__qualname__ = scaled.__qualname__
-    some = [scaled, shifted, partial(scaled, by=0.1), partial(scaled, by=0.9)]
-    assert len({identity_of(one) for one in some}) == 4
+    some = [scaled, shifted, partial(scaled, by=0.1), partial(scaled, by=0.9), made(0.1), made(0.9), made(0.9, 2.0)]
+    assert len({identity_of(one) for one in some}) == 7
     assert identity_of(partial(scaled, by=0.1)) == identity_of(some[2])
+    assert identity_of(made(0.9)) == identity_of(some[5])
+    scaled.__defaults__ = (2.0,)
+    assert identity_of(scaled) not in {identity_of(one) for one in some[1:]}
+
+
+def test_heads_of_another_kind_of_scores_are_of_another_job(backbone: Backbone, data: ArrayRows) -> None:
+    kinds = [replace(backbone, scores=kind) for kind in ("logits", "probabilities", "log-probabilities")]
+    jobs = {job_fingerprint(Stream(kind, [], data, 32, AUGMENTATIONS["none"], 0), np.arange(9)) for kind in kinds}
+    assert len(jobs) == 3
 
 
 def test_a_checkpoint_of_heads_built_otherwise_is_refused_in_one_line() -> None:

@@ -134,6 +134,12 @@ def test_what_is_no_array_is_refused(given: Any) -> None:
         ArrayRows({"x": real()}, [0, 1])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("kind", "says"), [(">f4", "'float32'"), (">i8", "'int64'"), (np.longdouble, "'float64'")])
+def test_numbers_that_models_do_not_take_are_refused(kind: Any, says: str) -> None:
+    with pytest.raises(InputError, match=rf"which models do not take; give \.astype\({says}\)"):
+        ArrayRows({"x": real().astype(kind)})
+
+
 class Lazy:
     """Rows of a class of one's own."""
 
