@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from offramp.runtime.errors import StorageError
+from offramp.runtime.errors import StorageError, UsageError
 
 from .quiet import quiet
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"  # in a folder of work
 
 # What torch.load raises for bytes that no torch.save wrote.
 _UNREADABLE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, pickle.PickleError)
@@ -47,6 +55,33 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be made ({_reason(error)}); choose another output") from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else trains in a folder meanwhile: two would write over each other's values.
+
+    Raises `UsageError` where somebody does; systems and file systems without locks are trusted.
+    """
+    new = not folder.exists()
+    make_folder(folder)
+    with (folder / LOCK).open("w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(
+                    f"{folder}: another compile trains there; wait for it or give another --work"
+                ) from error
+            except OSError:
+                pass  # no locks here
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
+                if new:
+                    folder.rmdir()  # if training left nothing there
 
 
 def _reason(error: Exception) -> str:

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from offramp.passes import METRICS, Candidates, find_candidates
 from offramp.passes.backbone import SCORES
+from offramp.runtime.artifact import check_output
 from offramp.runtime.commands import Command, byte_size, positive, write_arrays
 from offramp.runtime.data import open_data
 from offramp.runtime.errors import UsageError
@@ -130,7 +131,12 @@ def _example(model: nn.Module | ExportedProgram, args: argparse.Namespace) -> Ma
 
 
 def _random_rows(shape: tuple[int, ...]) -> Mapping[str, torch.Tensor]:
-    return {"input": torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))}
+    try:
+        return {"input": torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))}
+    except (RuntimeError, TypeError, OverflowError) as error:  # what torch raises of sizes beyond memory or integers
+        raise UsageError(
+            f"rows of {'x'.join(map(str, shape))} numbers do not fit into memory; give smaller ones"
+        ) from error
 
 
 def _candidates_table(found: Candidates) -> str:
@@ -276,6 +282,8 @@ def _static(args: argparse.Namespace) -> nn.Module | ExportedProgram | None:
 
 
 def _run_compile(args: argparse.Namespace) -> int:
+    if args.space and args.search == NONE:
+        raise UsageError("--space without a search; give --search tpe too, or leave it out")
     model, static = load_model(args.model, args.weights), _static(args)
     rows = open_data(args.data, inputs=None, preprocessing=args.preprocess, labels=args.labels)
     options = Options(
@@ -340,8 +348,9 @@ def _configure_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_demo(args: argparse.Namespace) -> int:
-    digits = train_digits(args.seed, _log)
     options = Options(tolerance=args.tolerance, seed=args.seed)
+    check_output(args.output)
+    digits = train_digits(args.seed, _log)
     manifest = compile(digits.model, digits.images, args.output, labels=digits.labels, options=options, say=_log)
     _say(render(manifest))
     data = args.output.with_name(args.output.name + ".npz")

@@ -38,6 +38,7 @@ from offramp.runtime.selection import (
 
 from .augment import apply, find_augmentation
 from .capture import bind, capture
+from .checkpoint import alone_in
 from .choose import choose_exits, exit_plan, observers, records
 from .costs import TIME, costs, measured_costs
 from .distill import Head, default_heads, distil
@@ -52,7 +53,7 @@ from .record import Recording, calibrate, record
 from .search import NONE, Found, search_heads, shortlist_over
 from .splits import RowSplits, check_splits, split_rows
 from .static import capture_static
-from .stream import tensors
+from .stream import largest_batch, tensors
 
 _EXAMPLE_ROWS = 8
 _HEADS, _SEARCH = "heads", "search"  # folders of checkpoints, a number behind each
@@ -87,12 +88,21 @@ def compile(
     """
     out, options = Path(out), options or Options()
     check_output(out)
+    if work is not None and out.absolute() in (work.absolute(), *work.absolute().parents):
+        raise UsageError(f"{work}: lies in the output {out}, which holds the artifact alone; choose another folder")
     ready = prepare(
         model, data, labels=labels, options=options, splits=splits, name=name, static=static, static_name=static_name,
         say=say,
     )  # fmt: skip
     kept = work or out.absolute().with_name(out.name + ".work")
-    heads = train(ready, options, kept, say)
+    with alone_in(kept):
+        try:
+            heads = train(ready, options, kept, say)
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"training does not fit into the memory of {options.training.device}; "
+                "give a memory budget (--memory-budget) of what is free there, or train on the cpu"
+            ) from error
     manifest = finish(ready, heads, out, options, say)
     if work is None:
         _clear(kept)
@@ -132,6 +142,7 @@ def prepare(
             model, example, name=name, dynamic=said.dynamic, output=said.output, scores=said.scores, say=say
         )
     rows = fit_rows(rows, input_specs(backbone))
+    _check_labels(rows.labels, backbone.classes)
     beside = None if static is None else capture_static(static, example, static_name, backbone, said)
     found = find_candidates(backbone, limits=options.limits)
     found = keep_independent(backbone, found, bind(backbone.inputs, example, backbone.name))
@@ -145,6 +156,17 @@ def prepare(
     _, augment = find_augmentation(options.training.augment, backbone.inputs)
     apply(augment, tensors(rows, np.arange(min(_EXAMPLE_ROWS, len(rows)))), torch.Generator())
     return Ready(backbone, candidates, rows, splits, plain, trace, beside)
+
+
+def _check_labels(labels: np.ndarray | None, classes: int) -> None:
+    if labels is None:
+        return
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        raise InputError(
+            f"row {wrong[0]} has the label {labels[wrong[0]]}, the model's classes are 0 to {classes - 1}; "
+            "correct the labels, or leave them out"
+        )
 
 
 def finish(
@@ -227,7 +249,7 @@ def train(ready: Ready, options: Options, folder: Path, say: Say = lambda line: 
     backbone, candidates, rows, splits = ready.backbone, ready.candidates, ready.rows, ready.splits
     training, search = options.training, options.search
     share = -(-search.trials // search.waves) + 1 if search.engine != NONE else 1
-    parts = groups(backbone, candidates, training.batch, share, options.memory_budget)
+    parts = groups(backbone, candidates, largest_batch(splits.distil, training.batch), share, options.memory_budget)
     if len(parts) > 1:
         say(f"the memory budget takes the {len(candidates)} candidates in {len(parts)} groups, one after the other")
     found = [_proposed(ready, group, options, folder / f"{_SEARCH}{index}", say) for index, group in enumerate(parts)]
@@ -267,7 +289,11 @@ def keep_beyond_chance(heads: Sequence[Head], recording: Recording, say: Say) ->
     """
     answers = recording.backbone.astype(np.float64)
     mean = answers.mean(0)
-    constant = float(np.where(answers > 0, answers * np.log(np.maximum(answers, 1e-300) / mean), 0.0).sum(1).mean())
+    constant = float(
+        np.where(answers > 0, answers * np.log(np.maximum(answers, 1e-300) / np.maximum(mean, 1e-300)), 0.0)
+        .sum(1)
+        .mean()
+    )
     kept = [index for index, head in enumerate(heads) if head.loss < (1 - _MARGIN) * constant]
     if not kept:
         say(

@@ -197,7 +197,7 @@ def job_fingerprint(stream: Stream, *parts: np.ndarray) -> str:
         digest.update(stream.backbone.scores.encode())
     digest.update(identity_of(stream.augment).encode())
     for part in parts:
-        digest.update(part.tobytes())
+        digest.update(f"{len(part)} rows ".encode() + part.tobytes())
     some = parts[0][:: max(1, len(parts[0]) // 64)]
     for name, array in stream.data.take(some).items():
         digest.update(name.encode() + np.ascontiguousarray(array).tobytes())

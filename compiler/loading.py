@@ -73,7 +73,8 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # the bytes of any file at all: torch's reader raises whatever they lead it to
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(f"weights {path}: not readable ({reason}); save tensors only, best as safetensors") from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ModelError(f"weights {path}: hold something else than tensors by name; save model.state_dict()")
     return state
 

@@ -103,8 +103,8 @@ class Options:
             raise UsageError(f"confidence metric {self.metric!r} does not exist; choose one of {', '.join(METRICS)}")
         if not 0 < self.delta < 1:
             raise UsageError(f"delta {self.delta} is not a probability; give a number between 0 and 1, such as 0.05")
-        if self.seed < 0:
-            raise UsageError(f"seed {self.seed} is negative; give 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed {self.seed} is negative or beyond 63 bits; give 0 or more")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise UsageError(f"a memory budget of {self.memory_budget} bytes holds nothing; give more, or none")
         if self.cost not in COSTS:

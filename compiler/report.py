@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from offramp.runtime.manifest import Evaluation, Manifest
 from offramp.runtime.selection import DISAGREEMENT, REGRET, RISKS
-from offramp.runtime.table import human, percent, render
+from offramp.runtime.table import at_most, human, percent, render
 
 from . import figures
 from .evidence import Evidence, Judged
@@ -85,13 +85,13 @@ def _unbroken(page: str) -> str:
 def _promise(manifest: Manifest) -> str:
     """What the default plan keeps to, and where."""
     plan, evidence = manifest.plans[manifest.default_plan], manifest.plans[manifest.default_plan].certificate
-    most = f"{percent(plan.tolerance, 2)} {manifest.risk}"
+    most = f"{at_most(plan.tolerance, 2)} {manifest.risk}"
     if evidence is None:
         return f"At most {most} on the rows the exits were chosen on; not certified for other rows."
     share = evidence.observed / max(evidence.rows, 1)
     seen = f"{evidence.observed:.0f} of" if manifest.risk == DISAGREEMENT else f"{percent(share, 2)} on"
     return (
-        f"At most {most} on new rows drawn as these were; wrong with probability {percent(evidence.delta, 0)} at most "
+        f"At most {most} on new rows drawn as these were; wrong with probability {at_most(evidence.delta)} at most "
         f"({seen} {evidence.rows:,} certification rows, which nothing else has seen; "
         f"bound for this plan alone {percent(evidence.bound, 2)})."
     )

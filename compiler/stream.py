@@ -42,6 +42,15 @@ class Observed:
     values: list[torch.Tensor]  # [B, ...] float32, one per candidate
 
 
+def _pieces(rows: int, batch: int) -> int:
+    return max(1, round(rows / batch))
+
+
+def largest_batch(rows: np.ndarray, batch: int) -> int:
+    """Rows of the largest batch of an epoch: up to half as many again as asked for, where there are few."""
+    return -(-len(rows) // _pieces(len(rows), batch))
+
+
 class Stream:
     """Batches of rows with the backbone's answers and the values of some candidates."""
 
@@ -71,7 +80,7 @@ class Stream:
     def shuffled(self, rows: np.ndarray, epoch: int) -> list[np.ndarray]:
         """Row indices of the batches of an epoch; a last batch of one row has no batch statistics to norm by."""
         order = np.random.default_rng([self.seed, epoch]).permutation(rows)
-        pieces = np.array_split(order, max(1, round(len(order) / self.batch)))
+        pieces = np.array_split(order, _pieces(len(order), self.batch))
         return [piece for piece in pieces if len(piece) > 1]
 
     def augmented(self, pieces: Sequence[np.ndarray], epoch: int) -> Iterator[Observed]:

@@ -56,7 +56,8 @@ class Training:
 def check_device(name: str) -> None:
     """Raises `UsageError` for a device torch does not know, or does not find here."""
     try:
-        torch.empty(1, device=name)
+        if torch.empty(1, device=name).is_meta:
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:  # what torch raises of a missing build or driver
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {name!r} cannot be used here ({reason:.120}); train on {CPU!r}") from error

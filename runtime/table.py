@@ -40,6 +40,12 @@ def percent(share: float | None, digits: int = 1) -> str:
     return _NONE if share is None else f"{share * 100:.{digits}f} %"
 
 
+def at_most(share: float, digits: int = 0) -> str:
+    """As `percent`, with more digits where that would say less than it is."""
+    text = percent(share, digits)
+    return text if float(text.split()[0]) >= share * 100 * (1 - 1e-9) else f"{share * 100:.4g} %"
+
+
 def _title(manifest: Manifest) -> str:
     plan = manifest.plans[manifest.default_plan]
     backbone = manifest.backbone
@@ -50,7 +56,7 @@ def _title(manifest: Manifest) -> str:
     return (
         f"{_short(backbone.name, 60)}: {human(backbone.parameters)} parameters, "
         f"{human(backbone.flops)} FLOPs per row, {manifest.classes} classes\n"
-        f"tolerance {percent(plan.tolerance, 2)} of {manifest.risk}, policy {plan.policy}{promise}{by}"
+        f"tolerance {at_most(plan.tolerance, 2)} of {manifest.risk}, policy {plan.policy}{promise}{by}"
     )
 
 
@@ -67,7 +73,7 @@ def _promise(plan: Plan, risk: str) -> str:
     if evidence is None:
         return ": kept on the rows the exits were chosen on, not certified for others"
     return (
-        f": no more {risk} on new rows, wrong with probability {percent(evidence.delta, 0)} at most\n"
+        f": no more {risk} on new rows, wrong with probability {at_most(evidence.delta)} at most\n"
         f"({_seen(evidence, risk)}; "
         f"bound for this plan alone {percent(evidence.bound, 2)})"
     )

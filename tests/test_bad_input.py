@@ -192,6 +192,7 @@ WEIGHTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("w.pt", lambda p: torch.save({"first.weight": torch.ones(16, 6)}, p), "do not fit Chain: no first.bias"),
     ("w.pt", lambda p: torch.save(state(extra=torch.ones(1)), p), "do not fit Chain: unknown extra"),
     ("w.pt", lambda p: torch.save([1, 2], p), "hold something else than tensors by name"),
+    ("w.pt", lambda p: torch.save({0: torch.ones(1)}, p), "hold something else than tensors by name"),
     ("w.pt", lambda p: torch.save({"state_dict": state()}, p), "hold something else than tensors by name"),
     ("w.pt", lambda p: torch.save(Chain(), p), "not readable"),
     ("w.pt", lambda p: p.write_bytes(pickle.dumps(Malicious())), "not readable"),
@@ -250,6 +251,8 @@ def test_a_pt2_with_a_fixed_batch(here: Path, refused: Callable[..., str]) -> No
 def test_candidates_without_a_shape(refused: Callable[..., str]) -> None:
     assert "give --data D, or --shape" in refused("candidates", "zoo:shapeless")
     assert "'6,x' is not a list of sizes" in refused("candidates", "zoo:good", "--shape", "6,x")
+    large = refused("candidates", "zoo:good", "--shape", "3,90000000,90000000")
+    assert "rows of 3x90000000x90000000 numbers do not fit into memory" in large
 
 
 @pytest.mark.parametrize(
@@ -262,6 +265,8 @@ def test_candidates_without_a_shape(refused: Callable[..., str]) -> None:
         (("--augment", "zoo:nothing"), "has no 'nothing'; check the name"),
         (("--augment", "zoo:number"), "augmentation 3 is neither a name nor a function"),
         (("--device", "abacus"), "device 'abacus' cannot be used here"),
+        (("--device", "meta"), "device 'meta' cannot be used here (it holds no values)"),
+        (("--space", "mine.json"), "--space without a search; give --search tpe too, or leave it out"),
         (("--static", "zoo:wide"), "wide answers 9 classes, good 4; compare with a model trained for the same classes"),
         (("--static", "zoo:nothing"), "has no 'nothing'; check the name"),
         (("--static-weights", "w.pt"), "--static-weights without a model they belong to; give --static too"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,15 +93,16 @@ def check_space(space: Space) -> None:
     if not isinstance(space, Mapping) or not space:
         raise UsageError("the search space is empty or no mapping; see `offramp space` for its form")
     for key, entry in space.items():
-        if not isinstance(entry, Mapping) or set(entry) != {"_type", "_value"} or entry["_type"] not in _DRAWS:
+        if not isinstance(entry, Mapping) or set(entry) != {"_type", "_value"} or entry["_type"] not in (*_DRAWS,):
             known = ", ".join(_DRAWS)
             raise UsageError(f'search space, {key}: write {{"_type": ..., "_value": [...]}} with a type of {known}')
         kind, value = entry["_type"], entry["_value"]
         if not isinstance(value, list) or len(value) != _VALUES.get(kind, max(1, len(value))):
             raise UsageError(f"search space, {key}: {kind} wants a list of {_VALUES.get(kind, '1 or more')} values")
         if kind != "choice":
-            numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-            if not numbers or value[0] >= value[1] or ("log" in kind and value[0] <= 0):
+            numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value)
+            steps = numbers and all(step > 0 for step in value[2:])
+            if not steps or value[0] >= value[1] or ("log" in kind and value[0] <= 0):
                 raise UsageError(f"search space, {key}: {value} is no range for {kind}; give low, then high")
 
 

@@ -231,6 +231,9 @@ def server(
         ws=GuardedSocket,
         ws_max_size=settings.max_message,
         ws_per_message_deflate=False,  # a small message must not become a large one
+        # Whoever is silent or does not read is found by the settings' own clocks. A socket whose answers pile up is not
+        # read meanwhile, its answers to pings neither.
+        ws_ping_interval=None,
         timeout_graceful_shutdown=math.ceil(settings.send_seconds) + 1,
         access_log=False,
         log_level="error",

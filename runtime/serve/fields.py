@@ -174,7 +174,9 @@ def from_bytes(raw: memoryview, dtype: str, shape: tuple[int, ...], name: str) -
     array = np.frombuffer(raw, little).reshape(shape)
     if not little.isnative:
         return array.astype(dtype)
-    return array if array.flags.aligned else array.copy()
+    # A view keeps the whole message alive, which nobody has counted but for what of it is values.
+    alone = 2 * needed < len(raw.obj) if isinstance(raw.obj, bytes | bytearray) else False
+    return array.copy() if alone or not array.flags.aligned else array
 
 
 def room_for(rows: int, most: int) -> None:

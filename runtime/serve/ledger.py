@@ -68,7 +68,8 @@ class Ledger:
         lane.open += request.left
         lane.bytes += request.left * request.row_bytes
         lane.stages = max(lane.stages, stages)
-        self._watching.reserve(request)
+        if unplaced := self._watching.reserve(request):
+            self.after.append(partial(self._observer.unplaced, unplaced))
         self.requests.add(request)
         self.queues.push(chunk, 0)
 
@@ -104,6 +105,8 @@ class Ledger:
         rows = np.flatnonzero(request.open)
         self._watching.leave(request, rows)
         self._close(request, rows)
+        if len(rows):
+            self.after.append(partial(self._observer.failed, request.model, len(rows)))
         for chunk in [chunk for chunk in request.queued if chunk.live]:
             self.queues.drop(chunk)
             self.finish(request)
@@ -200,6 +203,13 @@ class Ledger:
         confidence: np.ndarray,
         short: bool,
     ) -> None:
+        finite = np.isfinite(confidence)
+        if not finite.all():
+            error = InputError("the model's answer to this row is no number; its input holds values that are too large")
+            self.fail(request, rows[~finite], exit, error)
+            if not finite.any():
+                return
+            rows, probabilities, confidence = rows[finite], probabilities[finite], confidence[finite]
         seconds = time.monotonic() - request.accepted
         leaving, each = Leaving(rows, exit, probabilities, confidence, seconds, short), np.full(len(rows), seconds)
         self._close(request, rows)  # before it is delivered: whatever fails after this delivers no row twice

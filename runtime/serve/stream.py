@@ -185,7 +185,11 @@ class _Stream:
         frame: Frame | None = None
         try:
             most = self._settings.max_json_bytes
-            frame = open_binary(data, most) if isinstance(data, bytes) else open_text(data, most)
+            try:
+                frame = open_binary(data, most) if isinstance(data, bytes) else open_text(data, most)
+            except InputError:
+                self._streams.observer.refused(self._name, 0, "input")
+                raise
             self._submit(frame, binary)
         except OfframpError as error:
             self._refuse(frame, error, binary)

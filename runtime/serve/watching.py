@@ -34,7 +34,6 @@ class Watching:
         self.free = bound
         self.bytes: Counter[str] = Counter()  # of the inputs that are kept, by model
         self._most = queue_bytes // _SHARE
-        self._unplaced = 0  # rows nobody has been told of
 
     def chosen(self, model: str, rows: int) -> np.ndarray:
         """[rows] bool: those the recorder would like to see; none where it fails."""
@@ -53,18 +52,21 @@ class Watching:
         left = self._most - self.bytes[model]
         return min(self.free, left // row_bytes) if row_bytes else self.free
 
-    def reserve(self, request: Request) -> None:
-        """Watch those of the rows chosen that find a place, the first ones first, and keep their inputs alone."""
+    def reserve(self, request: Request) -> int:
+        """Watch those of the rows chosen that find a place, the first ones first, and keep their inputs alone.
+
+        Returns how many found none.
+        """
         chosen = request.watched
         wanted = int(np.count_nonzero(chosen))
         if not wanted:
-            return
+            return 0
         found = min(self.places(request.model, request.row_bytes), len(request.kept))
         request.watched = chosen & (np.cumsum(chosen) <= found)
         request.keep(found)
         self.free -= found
         self.bytes[request.model] += found * request.row_bytes
-        self._unplaced += wanted - found
+        return wanted - found
 
     def leave(self, request: Request, rows: np.ndarray) -> None:
         """These rows are not watched any more, if they were."""
@@ -85,15 +87,13 @@ class Watching:
         spoken, recorder = request.spoken, self._recorder
         if spoken is None or recorder is None:
             return
-        # Told here, for a row that found no place has others before it that come this way.
-        if self._unplaced:
-            after.append(partial(self._observer.unplaced, self._unplaced))
-            self._unplaced = 0
         now, planned = time.time(), _as_planned(request, spoken, rows)
         for place in here:
             row = int(rows[place])
             exit, early = int(spoken.exit[row]), spoken.probabilities[row].copy()
             final = probabilities[place].copy()
+            if not np.isfinite(final).all():
+                continue  # the backbone gives no answer to compare with, and a sum would be no number from here on
             sample = Sample(request.model, request.hosted.digest, request.row(row), exit, early, final, now)
             agrees = bool(early.argmax() == final.argmax())
             risk = _risk(request.hosted.manifest.risk, early, final) if planned[place] else None

@@ -12,7 +12,7 @@ import torch
 from models import QUICK, Chain, Compiled
 from torch import nn
 
-from offramp.compiler import Costs, Options, Records, Training, compile
+from offramp.compiler import Costs, Options, Records, Training, compile, prepare
 from offramp.compiler.choose import choose_exits
 from offramp.compiler.demo import Digits
 from offramp.runtime import load, open_artifact
@@ -198,6 +198,7 @@ def test_an_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
         ({"targets": ("tflite",)}, "target tflite is unknown; use onnx-segments or onnx"),
         ({"targets": ()}, r"target \(none\) is unknown"),
         ({"seed": -1}, "seed -1 is negative"),
+        ({"seed": 2**64}, "beyond 63 bits"),
         ({"max_candidates": 0}, "give 1 or more"),
         ({"rounds": 0}, "0 rounds measure nothing"),
         ({"batches": (1, 0)}, "batches of 0 rows cannot be measured"),
@@ -209,6 +210,21 @@ def test_an_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
 def test_refused_options(settings: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         Options(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("work", ["out", "out/work"])
+def test_work_in_the_output_is_refused_before_training(digits: Digits, tmp_path: Path, work: str) -> None:
+    with pytest.raises(UsageError, match=r"lies in the output .*; choose another folder"):
+        compile(digits.model, digits.images, tmp_path / "out", work=tmp_path / work)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("row", "label"), [(3, 10), (7, -1)])
+def test_labels_that_are_no_classes_are_refused(digits: Digits, row: int, label: int) -> None:
+    labels = digits.labels.copy()
+    labels[row] = label
+    with pytest.raises(InputError, match=f"row {row} has the label {label}, the model's classes are 0 to 9"):
+        prepare(digits.model, digits.images, labels=labels, options=QUICK)
 
 
 def test_refused_data(digits: Digits, tmp_path: Path) -> None:

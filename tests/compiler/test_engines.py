@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -92,6 +93,10 @@ def test_every_familys_space_is_sound(family: str) -> None:
         ({"x": {"_type": "choice", "_value": []}}, "x: choice wants a list"),
         ({"x": {"_type": "quniform", "_value": [0, 1]}}, "x: quniform wants a list of 3"),
         ({"x": {"_type": "uniform", "_value": [2, 1]}}, "no range for uniform"),
+        ({"x": {"_type": "uniform", "_value": [0.1, math.inf]}}, "no range for uniform"),
+        ({"x": {"_type": "uniform", "_value": [math.nan, 1]}}, "no range for uniform"),
+        ({"x": {"_type": "quniform", "_value": [0.01, 0.03, 0]}}, "no range for quniform"),
+        ({"x": {"_type": ["choice"], "_value": [1]}}, "with a type of choice"),
         ({"x": {"_type": "loguniform", "_value": [0, 1]}}, "no range for loguniform"),
         ({"x": {"_type": "uniform", "_value": ["a", "b"]}}, "no range for uniform"),
     ],

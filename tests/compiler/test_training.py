@@ -33,10 +33,11 @@ from offramp.compiler import (
     split_rows,
 )
 from offramp.compiler.augment import Augment, Batch, default_augmentation, identity_of
+from offramp.compiler.checkpoint import alone_in
 from offramp.compiler.distill import job_fingerprint
 from offramp.compiler.heads import BUDGET, head_flops
 from offramp.compiler.learner import Learner, softened
-from offramp.compiler.stream import Observed, Stream
+from offramp.compiler.stream import Observed, Stream, largest_batch
 from offramp.passes import Backbone, Candidate, Input, find_candidates
 from offramp.runtime.data import ArrayRows
 from offramp.runtime.errors import InputError, StorageError, UsageError
@@ -471,6 +472,29 @@ def test_augmentations_are_told_apart_by_what_they_do() -> None:
     assert identity_of(made(0.9)) == identity_of(some[5])
     scaled.__defaults__ = (2.0,)
     assert identity_of(scaled) not in {identity_of(one) for one in some[1:]}
+
+
+def test_row_sets_that_end_elsewhere_are_of_another_job(backbone: Backbone, data: ArrayRows) -> None:
+    stream = Stream(backbone, [], data, 32, AUGMENTATIONS["none"], 0)
+    jobs = {job_fingerprint(stream, np.arange(end), np.arange(end, 100)) for end in (90, 91)}
+    assert len(jobs) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 33, 100, 191, 192, 500])
+def test_no_batch_is_larger_than_is_said(backbone: Backbone, data: ArrayRows, rows: int) -> None:
+    stream = Stream(backbone, [], data, 128, AUGMENTATIONS["none"], 0)
+    said = largest_batch(np.arange(rows), 128)
+    assert said <= 191
+    assert max(map(len, stream.shuffled(np.arange(rows), 0)), default=1) == said
+
+
+def test_two_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    says = "work: another compile trains there; wait for it or give another --work"
+    with alone_in(tmp_path / "work"), pytest.raises(UsageError, match=says), alone_in(tmp_path / "work"):
+        pass
+    with alone_in(tmp_path / "work"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_heads_of_another_kind_of_scores_are_of_another_job(backbone: Backbone, data: ArrayRows) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tiny import Tiny
 
 from offramp.runtime import Manifest, render
-from offramp.runtime.table import human, percent
+from offramp.runtime.table import at_most, human, percent
 
 
 def line(text: str, start: str) -> str:
@@ -106,3 +106,18 @@ def test_numbers_are_human(number: float, text: str) -> None:
 
 def test_shares_are_percent() -> None:
     assert (percent(0.1234), percent(0.1234, 2), percent(None)) == ("12.3 %", "12.34 %", "-")
+
+
+@pytest.mark.parametrize(
+    ("share", "digits", "text"),
+    [
+        (0.05, 0, "5 %"),
+        (0.025, 0, "2.5 %"),
+        (0.001, 0, "0.1 %"),
+        (0.07, 0, "7 %"),
+        (0.00004, 2, "0.004 %"),
+        (0.01, 2, "1.00 %"),
+    ],
+)
+def test_a_bound_is_not_rounded_to_less(share: float, digits: int, text: str) -> None:
+    assert at_most(share, digits) == text

@@ -116,6 +116,37 @@ def test_watched_rows_yield_to_live_ones_and_fill_their_batches(start: Start, ho
     assert journal.unplaced_ == 4
 
 
+def test_a_watched_row_the_backbone_has_no_answer_to_is_not_recorded(start: Start, journal: Journal) -> None:
+    notes, data = Notes(1.0), rows_at(0, 3)
+    data["side"][1] = 3e38, -3e38, 3e38  # only the last exit reads it
+    engine = start(recorder=notes)
+    assert ask(engine, data).wait().exits() == [0, 0, 0]
+    assert all(np.isfinite(sample.final).all() for sample in notes.wait(2))
+    engine.close(PATIENCE)
+    assert len(notes.samples) == len(journal.watched_) == 2
+    assert engine._watching.free == 256
+
+
+def test_rows_that_never_find_a_place_are_told_of(start: Start, journal: Journal) -> None:
+    engine = start(recorder=Notes(1.0), queue_bytes=3 * bytes_of(batch(1)))
+    for _ in range(5):
+        ask(engine, rows_at(0, 3)).wait()
+    engine.close(PATIENCE)
+    assert journal.unplaced_ == 15
+    assert journal.watched_ == []
+
+
+def test_cancelled_rows_are_in_the_accounts(start: Start, host: FakeHost, journal: Journal) -> None:
+    engine = start()
+    host.models["a"].evict(1)
+    ticket = engine.submit("a", rows_at(2, 3), Asked(), Receiver(3))
+    missed(host)
+    ticket.cancel()
+    engine.close(PATIENCE)
+    assert sum(rows for _, rows in journal.failed_) == 3
+    host.at_rest()
+
+
 def test_inputs_kept_of_watched_rows_are_bounded_and_refuse_nobody(
     start: Start, host: FakeHost, journal: Journal
 ) -> None:

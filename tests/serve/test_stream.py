@@ -19,6 +19,7 @@ from web_help import PATIENCE, Served, as_lists, binary, expected, framed, mixed
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from offramp.runtime.errors import ArtifactError, BusyError
+from offramp.runtime.serve.fields import from_bytes
 from offramp.runtime.serve.limits import Settings
 
 
@@ -172,6 +173,24 @@ def test_any_bytes_cost_only_their_own_error(running: Served, data: st.DataObjec
             rest.append(read(socket))
         check(rest[-1:], batch(1, 5), ["after"])
         assert len(rest) <= 4
+
+
+def test_unreadable_messages_are_counted_as_refused() -> None:
+    with served() as running, opened(running) as sock:
+        for message in ("{", b"\xff\xff\xff\x7f", json.dumps({"inputs": 3})):
+            sock.send(message)
+            assert read(sock)["error"]["kind"] == "input"
+        refused = [s for family in running.observer.collect() for s in family.samples if "requests_refused" in s.name]
+        assert sum(s.value for s in refused if s.labels.get("reason") == "input" and s.name.endswith("_total")) == 3
+
+
+@pytest.mark.parametrize(("padding", "alone"), [(0, False), (1 << 16, True)])
+def test_a_row_does_not_keep_a_long_message_alive(padding: int, alone: bool) -> None:
+    raw = np.arange(8, dtype=np.float32).tobytes()
+    message = bytes(padding) + raw
+    array = from_bytes(memoryview(message)[padding:], "float32", (2, 4), "x")
+    np.testing.assert_array_equal(array.ravel(), np.arange(8))
+    assert np.shares_memory(array, np.frombuffer(message, np.uint8)) is not alone
 
 
 def test_too_much_json_is_refused_unread_and_goes_in_binary() -> None:
