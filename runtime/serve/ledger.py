@@ -106,7 +106,7 @@ class Ledger:
         self._watching.leave(request, rows)
         self._close(request, rows)
         if len(rows):
-            self.after.append(partial(self._observer.failed, request.model, len(rows)))
+            self.after.append(partial(self._observer.cancelled, request.model, len(rows)))
         for chunk in [chunk for chunk in request.queued if chunk.live]:
             self.queues.drop(chunk)
             self.finish(request)

@@ -76,6 +76,10 @@ class Metrics(Collector):
             left.recent.add(now, seconds)
             tally.short += len(seconds) if short else 0
 
+    def cancelled(self, model: str, rows: int) -> None:
+        with self._lock:
+            self._of(model).cancelled += rows
+
     def failed(self, model: str, rows: int) -> None:
         with self._lock:
             self._of(model).failed += rows
@@ -222,6 +226,7 @@ def _stats(
         "rows": tally.rows,
         "refused": dict(tally.refused),
         "failed": tally.failed,
+        "cancelled": tally.cancelled,
         "short": tally.short,
         "exits": exits,
         "stages": stages,
@@ -252,7 +257,8 @@ def _stage_stats(segment: SegmentState, tally: StageTally, waiting: int) -> dict
 def _of_models(models: dict[str, ModelTally]) -> Iterator[Metric]:
     requests = CounterMetricFamily("offramp_requests", "Requests accepted", labels=("model",))
     rows = CounterMetricFamily("offramp_rows", "Rows accepted", labels=("model",))
-    failed = CounterMetricFamily("offramp_rows_failed", "Rows accepted that have no answer", labels=("model",))
+    failed = CounterMetricFamily("offramp_rows_failed", "Rows accepted that got an error", labels=("model",))
+    cancelled = CounterMetricFamily("offramp_rows_cancelled", "Rows whose client did not wait", labels=("model",))
     short = CounterMetricFamily(
         "offramp_rows_short", "Rows answered by an exit less sure than asked", labels=("model",)
     )
@@ -262,13 +268,18 @@ def _of_models(models: dict[str, ModelTally]) -> Iterator[Metric]:
         "offramp_rows_refused", "Their rows, where they could be counted", labels=by_reason
     )
     for name, tally in models.items():
-        for family, value in ((requests, tally.requests), (rows, tally.rows), (failed, tally.failed)):
+        for family, value in (
+            (requests, tally.requests),
+            (rows, tally.rows),
+            (failed, tally.failed),
+            (cancelled, tally.cancelled),
+        ):
             family.add_metric((name,), value)
         short.add_metric((name,), tally.short)
         for reason, count in tally.refused.items():
             refused.add_metric((name, reason), count)
             refused_rows.add_metric((name, reason), tally.refused_rows[reason])
-    yield from (requests, rows, failed, short, refused, refused_rows)
+    yield from (requests, rows, failed, cancelled, short, refused, refused_rows)
 
 
 def _of_exits(models: dict[str, ModelTally]) -> Iterator[Metric]:

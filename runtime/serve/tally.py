@@ -108,6 +108,7 @@ class ModelTally:
     refused: Counter[str] = field(default_factory=Counter)  # requests, by reason
     refused_rows: Counter[str] = field(default_factory=Counter)
     failed: int = 0  # rows
+    cancelled: int = 0  # rows
     short: int = 0  # rows
     exits: dict[int, ExitTally] = field(default_factory=dict)
     stages: dict[int, StageTally] = field(default_factory=dict)

@@ -183,6 +183,9 @@ class Observer(Protocol):
 
     def failed(self, model: str, rows: int) -> None: ...
 
+    def cancelled(self, model: str, rows: int) -> None:
+        """Nobody waits for these rows any more."""
+
     def ran(self, model: str, stage: int, rows: int, seconds: float) -> None:
         """One call of a stage: its batch, watched rows included, and how long it took."""
 
@@ -209,6 +212,8 @@ class Silent:
     def answered(self, model: str, exit: int, seconds: np.ndarray, short: bool) -> None: ...
 
     def failed(self, model: str, rows: int) -> None: ...
+
+    def cancelled(self, model: str, rows: int) -> None: ...
 
     def ran(self, model: str, stage: int, rows: int, seconds: float) -> None: ...
 

@@ -232,6 +232,7 @@ class Journal:
     refused_: list[tuple[str, int, str]] = field(default_factory=list)
     answered_: list[tuple[str, int, int, bool]] = field(default_factory=list)  # model, exit, rows, short
     failed_: list[tuple[str, int]] = field(default_factory=list)
+    cancelled_: list[tuple[str, int]] = field(default_factory=list)
     watched_: list[tuple[str, int, bool]] = field(default_factory=list)
     unplaced_: int = 0
     risks_: list[float | None] = field(default_factory=list)  # of the watched
@@ -248,6 +249,9 @@ class Journal:
 
     def failed(self, model: str, rows: int) -> None:
         self.failed_.append((model, rows))
+
+    def cancelled(self, model: str, rows: int) -> None:
+        self.cancelled_.append((model, rows))
 
     def ran(self, model: str, stage: int, rows: int, seconds: float) -> None:
         assert seconds >= 0

@@ -47,6 +47,7 @@ def test_every_event_is_counted_where_it_belongs() -> None:
     metrics.answered("tiny", 0, np.array([0.0004, 0.002, 0.002]), False)
     metrics.answered("tiny", 2, np.array([20.0]), True)
     metrics.failed("tiny", 2)
+    metrics.cancelled("tiny", 3)
     metrics.ran("tiny", 0, 15, 0.004)
     metrics.ran("tiny", 0, 1, 0.004)
     metrics.loaded("tiny", 1, 0.5, 1000)
@@ -65,6 +66,7 @@ def test_every_event_is_counted_where_it_belongs() -> None:
     assert value(found, "offramp_exit_rows_total", model="tiny", exit="2") == 1
     assert value(found, "offramp_rows_short_total", model="tiny") == 1
     assert value(found, "offramp_rows_failed_total", model="tiny") == 2
+    assert value(found, "offramp_rows_cancelled_total", model="tiny") == 3
     for bound, count in {"0.0005": 1, "0.001": 1, "0.0025": 3, "+Inf": 3}.items():
         assert value(found, "offramp_latency_seconds_bucket", model="tiny", exit="0", le=bound) == count
     assert value(found, "offramp_latency_seconds_bucket", model="tiny", exit="2", le="10.0") == 0
