@@ -128,9 +128,9 @@ def identity_of(augment: Augment) -> str:
 def _bound(function: object) -> str:
     """What a function was made with: defaults, and what it closes over."""
     cells = getattr(function, "__closure__", None) or ()
-    closed = [getattr(cell.cell_contents, "__code__", cell.cell_contents) for cell in cells]
-    parts = (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None), closed or None)
-    return "".join(f" {_told(part)!r}" for part in parts if part)
+    closed = [_told(getattr(cell.cell_contents, "__code__", cell.cell_contents)) for cell in cells]
+    parts = (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None), closed)
+    return "".join(f" {part!r}" for part in parts if part)
 
 
 def _told(code: object) -> object:

@@ -159,7 +159,7 @@ def _trace_module(model: nn.Module, example: Mapping[str, torch.Tensor], signatu
 
 
 def _at_other_sizes(model: nn.Module, call: Call, traced: _Traced, program: ExportedProgram) -> list[bool | None]:
-    """What `_agrees` says of other sizes, those first where tracing says that the model does something else."""
+    """What `_agrees` says of other sizes; last of those where tracing found that the model does something else."""
     beyond = dimensions.bounds(traced.placeholders, program.range_constraints)
     ends = [lambda _, size=size: size for size in sorted(beyond) if size <= _LONGEST]
     return [_agrees(model, call, traced, size) for size in (*_OTHERS, *ends)]

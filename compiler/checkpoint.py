@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".lock"  # in a folder of work
+_LOCK = ".lock"  # in a folder of work
 
 # What torch.load raises for bytes that no torch.save wrote.
 _UNREADABLE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, pickle.PickleError)
@@ -61,11 +61,16 @@ def make_folder(folder: Path) -> None:
 def alone_in(folder: Path) -> Iterator[None]:
     """Nobody else trains in a folder meanwhile: two would write over each other's values.
 
-    Raises `UsageError` where somebody does; systems and file systems without locks are trusted.
+    Raises `UsageError` where somebody does, `StorageError` where it cannot be written to; systems and file systems
+    without locks are trusted.
     """
     new = not folder.exists()
     make_folder(folder)
-    with (folder / LOCK).open("w") as lock:
+    try:
+        opened = (folder / _LOCK).open("w")
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written to ({_reason(error)}); choose another folder") from error
+    with opened as lock:
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +84,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                (folder / LOCK).unlink()
+                (folder / _LOCK).unlink()
                 if new:
                     folder.rmdir()  # if training left nothing there
 

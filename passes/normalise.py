@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -115,7 +115,7 @@ class NameSqueezed(Pass[Backbone, Backbone]):
             sizes = source.meta["val"].shape
             meant = list(range(len(sizes)))
             if node.target is aten.squeeze.dim and sizes:
-                meant = [meant[int(str(node.args[1]))]]
+                meant = [meant[cast(int, node.args[1])]]
             always_one = [d for d in meant if isinstance(sizes[d], int) and sizes[d] == 1]
             node.target, node.args = aten.squeeze.dims, (source, always_one)
             if not always_one:

@@ -131,8 +131,8 @@ def open_images(folder: Path, preprocessing: str | None, name: str, labels: str 
     indices: np.ndarray | None = None
     if labels == "folders":
         classes = sorted({path.relative_to(folder).parts[0] for path in paths})
-        empty = sorted({entry.name for entry in folder.iterdir() if entry.is_dir()} - {*classes})
-        if empty := [name for name in empty if not name.startswith(".")]:
+        named = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+        if empty := sorted(named - {*classes}):
             raise InputError(
                 f"{folder / empty[0]}: holds no image, and classes are numbered by all folders' names; "
                 "put its images there or remove it"

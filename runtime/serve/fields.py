@@ -175,8 +175,8 @@ def from_bytes(raw: memoryview, dtype: str, shape: tuple[int, ...], name: str) -
     if not little.isnative:
         return array.astype(dtype)
     # A view keeps the whole message alive, which nobody has counted but for what of it is values.
-    alone = 2 * needed < len(raw.obj) if isinstance(raw.obj, bytes | bytearray) else False
-    return array.copy() if alone or not array.flags.aligned else array
+    mostly_other = isinstance(raw.obj, bytes | bytearray) and 2 * needed < len(raw.obj)
+    return array.copy() if mostly_other or not array.flags.aligned else array
 
 
 def room_for(rows: int, most: int) -> None:

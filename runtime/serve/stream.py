@@ -185,11 +185,8 @@ class _Stream:
         frame: Frame | None = None
         try:
             most = self._settings.max_json_bytes
-            try:
+            with self._counted():
                 frame = open_binary(data, most) if isinstance(data, bytes) else open_text(data, most)
-            except InputError:
-                self._streams.observer.refused(self._name, 0, "input")
-                raise
             self._submit(frame, binary)
         except OfframpError as error:
             self._refuse(frame, error, binary)
@@ -201,15 +198,21 @@ class _Stream:
         self._put(1, (failure(frame.id if frame else None, error, binary=binary),))
         self.send()
 
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """What cannot be read is told to the observer too; the engine itself tells of what it refuses."""
+        try:
+            yield
+        except InputError:
+            self._streams.observer.refused(self._name, 0, "input")
+            raise
+
     def _submit(self, frame: Frame, binary: bool) -> None:
         streams, settings = self._streams, self._settings
         hosted = streams.host.hold(self._name)
         try:
-            try:
+            with self._counted():
                 request = frame.request(hosted.manifest.inputs, settings.max_rows)
-            except InputError:
-                streams.observer.refused(self._name, 0, "input")
-                raise
             self._taken += 1
             number = self._taken
             deliver = partial(streams.deliver, self, _Asker(number, frame.id, request.ids, binary))
