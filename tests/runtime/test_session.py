@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -404,3 +405,24 @@ def test_two_threads_and_the_default_give_the_same_answers(tiny: Tiny) -> None:
     for threads in (2, None):
         with load(tiny.path, threads=threads) as session:
             assert_reference(session.run(batch(64)), batch(64), THRESHOLDS)
+
+
+def test_an_onnxruntime_that_hides_its_own_session_answers_alike(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = onnxruntime.InferenceSession
+
+    class Hiding:
+        """Passes on what is public, and nothing of the library's own."""
+
+        def __init__(self, *given: Any, **named: Any) -> None:
+            self.public = wrapper(*given, **named)
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            return getattr(self.public, name)
+
+    rows, usual = batch(9), load(tiny.path, threads=1)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Hiding)
+    hidden, told = load(tiny.path, threads=1).run(rows), usual.run(rows)
+    np.testing.assert_array_equal(hidden.probabilities, told.probabilities)
+    np.testing.assert_array_equal(hidden.exits, told.exits)
