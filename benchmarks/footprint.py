@@ -5,6 +5,9 @@
 Every round starts a fresh process that imports numpy and onnxruntime, and one that imports the runtime too, the order
 turned every second time; the clock runs inside, around the imports alone. Writes benchmarks/results/footprint.json and
 the README's line.
+
+Bytes are those of the wheel's own files, of the bytecode that pip makes of them unless told `--no-compile`, and of both
+of what `offramp[cpu]` installs beside numpy and onnxruntime.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import py_compile
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
+from importlib.metadata import files
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -25,6 +31,7 @@ from offramp.compiler.measure import machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "footprint.json"
 ROOMS = ("compiler", "passes", "runtime")
+BESIDE = ("tqdm",)  # what the extra `cpu` asks for, but for onnxruntime
 IMPORTS = {
     "theirs": "import numpy, onnxruntime",
     "ours": "import numpy, onnxruntime, offramp.runtime",
@@ -47,23 +54,43 @@ def measured(rounds: int) -> dict[str, Any]:
             if index >= 0:
                 taken[name].append(took)
     more = [ours - theirs for ours, theirs in zip(taken["ours"], taken["theirs"], strict=True)]
-    room = Path(offramp.runtime.__file__).parents[1]
-    files = [p for name in ROOMS for p in (room / name).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    house = Path(offramp.runtime.__file__).parents[1]
+    ours = [path for name in ROOMS for path in (house / name).rglob("*") if path.is_file()]
+    beside = [Path(file.locate()) for name in BESIDE for file in files(name) or ()]
     return {
         **{f"{name}_s": median(values) for name, values in taken.items()},
         "more_s": median(more),
         "more_quartiles_s": [quantiles(more, n=4)[0], quantiles(more, n=4)[2]],
-        "bytes": sum(path.stat().st_size for path in files),
+        **{f"{kind}bytes": size for kind, size in installed(ours).items()},
+        **{f"{kind}bytes_beside": size for kind, size in installed(beside).items()},
         "rounds": rounds,
     }
+
+
+def installed(paths: Iterable[Path]) -> dict[str, int]:
+    """Bytes of the files, "", and of their bytecode, "code_"; what Python has compiled already is compiled anew."""
+    sources = [path for path in paths if path.suffix != ".pyc" and path.is_file()]
+    code = 0
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "code.pyc"
+        for path in sources:
+            if path.suffix == ".py":
+                py_compile.compile(str(path), cfile=str(made), doraise=True)
+                code += made.stat().st_size
+    return {"": sum(path.stat().st_size for path in sources), "code_": code}
 
 
 def line(told: Mapping[str, Any]) -> str:
     """The README's sentence."""
     low, high = (f"{value * 1e3:.0f}" for value in told["more_quartiles_s"])
+    size, code, beside, code_beside = (
+        f"{told[name] / 1e6:.2f} MB" for name in ("bytes", "code_bytes", "bytes_beside", "code_bytes_beside")
+    )
     return (
         f"Importing the runtime takes {told['more_s'] * 1e3:.0f} ms ({low} to {high}) more than numpy's and "
-        f"onnxruntime's own {told['theirs_s'] * 1e3:.0f} ms; all of Offramp is {told['bytes'] / 1e3:.0f} kB installed."
+        f"onnxruntime's own {told['theirs_s'] * 1e3:.0f} ms. Beside these two, `offramp[cpu]` installs {size} of "
+        f"Offramp's files, compiler and server among them, and {beside} of {' and '.join(BESIDE)}; the bytecode that "
+        f"pip makes of them, unless told `--no-compile`, takes {code} and {code_beside} more."
     )
 
 
