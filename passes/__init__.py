@@ -14,6 +14,7 @@ from .contract import Observer, Pass, PassResult, observed
 from .cuts import Cut, ValueGraph, analyse
 from .flops import module_flops, node_flops
 from .folding import FoldWeights
+from .masks import SpreadMasks
 from .normalise import NORMALISATION, NameSqueezed, RemoveAssertions, RemoveIdentities, ReshapeViews, normalise
 from .plan import METRICS, ExitPlan, PlannedExit
 from .program import ExitProgram, InsertExits, build_program, confidence, exit_if, gather
@@ -47,6 +48,7 @@ __all__ = [
     "RemoveIdentities",
     "ReshapeViews",
     "Segment",
+    "SpreadMasks",
     "Trace",
     "ValueGraph",
     "analyse",

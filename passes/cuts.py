@@ -11,8 +11,9 @@ stream with the most compute runs first and has cuts of its own; the others wait
 before they are needed, from side values carried there. What a waiting stream made is never carried over a cut.
 
 A side value still read behind a cut is a *side input*: it travels with the live rows. It can travel only if
-its dimension 0 is the batch; otherwise it is computed again behind the cut from side values that can. So does the
-smallest side value that has a size which is read behind the cut, where the cut's own value has no such dimension.
+its dimension 0 is the batch; otherwise, and where it is another one spread (`expand`), it is computed again behind the
+cut from side values that can. So does the smallest side value that has a size which is read behind the cut, where the
+cut's own value has no such dimension.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ class ValueGraph:
     def carried(self, read: Iterable[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
         """Nodes read somewhere -> (side values to carry so that all can be had there, those that cannot be).
 
-        A side value whose dimension 0 is the batch is carried itself; any other is computed again from its
-        arguments, which are carried in its place. Sizes and constants are computed where they are read.
+        A side value that travels is carried itself; any other is computed again from its arguments, which are
+        carried in its place. Sizes and constants are computed where they are read.
         """
         carried: dict[fx.Node, None] = {}
         stuck: dict[fx.Node, None] = {}
@@ -145,7 +146,7 @@ class ValueGraph:
             if node in seen:
                 continue
             seen.add(node)
-            if node in self.side and self.is_compactable(node):
+            if self._travels(node):
                 carried[node] = None
             elif node in self.side and node.op == "placeholder":
                 stuck[node] = None
@@ -159,7 +160,7 @@ class ValueGraph:
         """As `carried`, for `members` that read `read` behind a cut: with what has the sizes that they read as well."""
         carried, stuck = self.carried(read)
         for size in self._sizes_unknown(members, (cut, *carried)):
-            bearers = [n for n in self.side if self.is_compactable(n) and str(size.meta["val"]) in _sizes_of(n)]
+            bearers = [n for n in self.side if self._travels(n) and str(size.meta["val"]) in _sizes_of(n)]
             if not bearers:
                 stuck = (*stuck, size)
             elif not {*bearers} & {*carried}:
@@ -187,7 +188,15 @@ class ValueGraph:
 
     def _is_elsewhere(self, node: fx.Node) -> bool:
         """Whether a value is never computed anew."""
-        return node in self.graph or node.op == "placeholder" or (node in self.side and self.is_compactable(node))
+        return node in self.graph or node.op == "placeholder" or self._travels(node)
+
+    def _travels(self, node: fx.Node) -> bool:
+        """Whether it is a side value that can be carried over a cut, and is worth more than one it repeats."""
+        spread = node.target is torch.ops.aten.expand.default and self._could_travel(node.all_input_nodes[0])
+        return self._could_travel(node) and not spread
+
+    def _could_travel(self, node: fx.Node) -> bool:
+        return node in self.side and self.is_compactable(node)
 
     def is_compactable(self, node: fx.Node) -> bool:
         """Whether dimension 0 of the value is exactly the batch symbol."""

@@ -9,6 +9,7 @@
    `clone` that made them right may be gone by rule 2.
 5. `NameSqueezed` says which dimensions a `squeeze` drops: those that are always one. Left to find out at run time, one
    of everything would drop the batch as well when one row is left, and ONNX has none that leaves alone what is larger.
+6. `SpreadMasks` takes out of masks what is true whatever the batch; see `masks`.
 
 All are safe on a functional graph: no node writes to its input, so two names for one value are one value, and
 whether a reshape copies shows nowhere.
@@ -27,6 +28,7 @@ from torch import fx
 from .backbone import Backbone, copy_graph_module
 from .contract import Pass, PassResult
 from .folding import FoldWeights
+from .masks import SpreadMasks
 
 aten = torch.ops.aten
 
@@ -134,6 +136,7 @@ NORMALISATION: tuple[Pass[Backbone, Backbone], ...] = (
     FoldWeights(),
     ReshapeViews(),
     NameSqueezed(),
+    SpreadMasks(),
 )
 
 

@@ -4,7 +4,8 @@
 a sliding window. Its translation gives such a query the average over all keys. No answer of the backbone reads it,
 but a head that pools over tokens does. It also looks for NaN in every weight of attention, of which there is none once
 such queries are cared for, and turns the keys by two reshapes. Under a mask of booleans a product cares for them:
-ONNX Runtime's `Where` takes up to three times as long.
+ONNX Runtime's `Where` takes up to three times as long. A mask that an `expand` spread over the queries is taken as it
+was before: what it comes to, and above all the product with what was attended to, then take a fraction of the time.
 
 `gelu` is fused into one operator by ONNX Runtime if it is x/2 times (1 + erf), not x times half of it.
 
@@ -42,6 +43,9 @@ def keep_promises(module: fx.GraphModule) -> fx.GraphModule:
     for node in kept.graph.nodes:
         if node.target in _PADS and any(user.target in _MAX_POOLS for user in node.users):
             node.target = joined
+        if node.target is aten.scaled_dot_product_attention.default:
+            node.args = (*node.args[:3], *map(_before_spreading, node.args[3:]))
+            node.kwargs = {name: _before_spreading(value) for name, value in node.kwargs.items()}
         if any(_nearly(_NEUTRAL.get(node.target), value, kept) for value in node.args[:2]):
             node.target = _listed(node.target)
         node.target = _PROMISES.get(node.target, node.target)
@@ -76,12 +80,29 @@ def attention(
     else:
         # Scaled before they are multiplied: float16 would not hold larger ones.
         scores = q * (q.size(-1) ** -0.5 if scale is None else scale) @ k.transpose(-1, -2)
-        result = (scores if mask is None else scores + mask).softmax(-1) @ v
+        result = (scores if mask is None else scores + _for_all(mask, scores.shape[-2])).softmax(-1) @ v
     if seen is not None:
         result = result * seen.amax(-1, keepdim=True)
     elif mask is not None:
         result = torch.where(mask.amax(-1, keepdim=True) > -torch.inf, result, 0.0)
     return result if four else result.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _for_all(mask: torch.Tensor, queries: int) -> torch.Tensor:
+    """A mask `[..., 1, S]` as `[..., T, S]`, for sums that have to spread it take longer; another as it is."""
+    one = isinstance(mask.shape[-2], int) and mask.shape[-2] == 1
+    return mask.expand(*[-1] * (mask.dim() - 2), queries, -1) if one else mask
+
+
+def _before_spreading(mask: Any) -> Any:
+    """The mask that was spread over as many dimensions to give this one."""
+    while isinstance(mask, fx.Node) and mask.target is aten.expand.default:
+        source = mask.args[0]
+        assert isinstance(source, fx.Node)
+        if source.meta["val"].dim() != mask.meta["val"].dim():
+            break
+        mask = source
+    return mask
 
 
 def gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
