@@ -126,7 +126,8 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    args.rows.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (WORK, args.rows.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     todo = choose(args)
     with args.rows.open("a") as file:
         for count, row in enumerate(Sweep(args).rows(todo), 1):
