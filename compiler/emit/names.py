@@ -24,6 +24,7 @@ from torch import fx, nn
 from offramp.passes.backbone import module_path
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_NOWHERE = "_empty_nn_module_stack_from_metadata_hook"  # torch.export's word for the scope of sizes it asks for itself
 _REWRITTEN = "pkg.onnxscript.rewriter.rule_name"
 _FOLDED = ".weight_bias"  # what the exporter calls the bias that a batch norm left in a convolution
 _OPERATIONS = "operations"
@@ -160,7 +161,8 @@ class _Namer:
             owner = next((weight.rpartition(".")[0] for weight in weights if weight), "")
             if owner:
                 return owner
-        scopes = ast.literal_eval(notes[_SCOPES]) if _SCOPES in notes else [""]
+        scopes = ast.literal_eval(notes[_SCOPES]) if _SCOPES in notes else []
+        scopes = [scope for scope in scopes if scope != _NOWHERE]
         return self.places.place(scopes[-2] if len(scopes) > 1 else "")
 
     def _new(self, name: str) -> str:

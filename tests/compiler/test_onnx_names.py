@@ -85,6 +85,21 @@ def test_nodes_are_called_by_module_path_and_operator(normed: dict[str, onnx.Mod
     assert not any("segment" in name or "node_" in name for name in names)
 
 
+def test_sizes_are_called_as_the_graph_that_asks_for_them() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.last = nn.Embedding(20, 8), nn.Linear(8, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            places = torch.arange(ids.shape[1]) / ids.shape[1]
+            return self.last(self.embed(ids).relu().mul(places[:, None]).sum(1))
+
+    model = files(Counted, ids=sentences(8)["ids"])["stages/0.onnx"]
+    shapes = [node.name for node in model.graph.node if node.op_type == "Shape"]
+    assert shapes == ["exits.0/Shape"]
+
+
 def test_weights_are_called_as_in_the_state_dict(normed: dict[str, onnx.ModelProto]) -> None:
     names = [*weights(normed["stages/0.onnx"]), *weights(normed["stages/1.onnx"])]
     for path in ("layer1.0", "layer1.1", "layer2.0", "layer2.1"):
