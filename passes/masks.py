@@ -62,7 +62,8 @@ def _other_side(node: fx.Node) -> fx.Node | None:
 
 def _replace(graph: fx.Graph, node: fx.Node, mask: fx.Node) -> None:
     """In place: `node` is `mask`, spread where the shapes differ."""
-    wanted, given = node.meta["val"].shape, mask.meta["val"].shape
+    # Sizes that vary are compared by name: as numbers they may be the same by chance.
+    wanted, given = (list(map(str, one.meta["val"].shape)) for one in (node, mask))
     if wanted == given:
         node.replace_all_uses_with(mask)
         return
@@ -74,7 +75,7 @@ def _replace(graph: fx.Graph, node: fx.Node, mask: fx.Node) -> None:
         ]
     node.target, node.args, node.kwargs = aten.expand.default, (mask, sizes), {}
     # As `expand` lays it out: one row, read again and again.
-    node.meta["val"] = mask.meta["val"].expand(wanted)
+    node.meta["val"] = mask.meta["val"].expand(node.meta["val"].shape)
 
 
 def _size(graph: fx.Graph, node: fx.Node, dimension: int) -> int | fx.Node:
@@ -88,9 +89,9 @@ def _size(graph: fx.Graph, node: fx.Node, dimension: int) -> int | fx.Node:
             break
         if is_size(known) and str(known.meta["val"]) == str(size):
             return known
-    sides = [side for side in node.all_input_nodes if str(size) in map(str, side.meta["val"].shape)]
-    shape = list(map(str, sides[0].meta["val"].shape))
-    made: fx.Node = graph.call_function(aten.sym_size.int, (sides[0], shape.index(str(size))))
+    sides = ((side, dimension - node.meta["val"].dim() + side.meta["val"].dim()) for side in node.all_input_nodes)
+    side, at = next((side, at) for side, at in sides if at >= 0 and str(side.meta["val"].shape[at]) != "1")
+    made: fx.Node = graph.call_function(aten.sym_size.int, (side, at))
     made.meta["val"] = size
     return made
 

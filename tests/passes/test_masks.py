@@ -76,6 +76,20 @@ def test_what_is_always_true_is_left_out(queries: str, spread: bool) -> None:
     torch.testing.assert_close(backbone.graph_module(*given.values()), model(**given), rtol=0, atol=0)
 
 
+def test_a_size_that_nobody_asked_for_is_asked_of_the_side_that_has_it() -> None:
+    class Squares(nn.Module):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            asked, there = torch.ones_like(ids, dtype=torch.bool)[:, :, None], (ids > 3)[:, None, :]
+            return (asked & there).sum(1)[:, :4].float()
+
+    ids = sentences(8)["ids"]
+    backbone = captured(Squares, ids=ids)
+    assert ands(backbone) == 0
+    longer = torch.randint(0, 20, (3, 9), generator=torch.Generator().manual_seed(1))
+    for given in (ids, longer):
+        torch.testing.assert_close(backbone.graph_module(given), Squares()(given))
+
+
 @pytest.mark.parametrize("queries", SOMETIMES)
 def test_what_is_not_always_true_stays(queries: str) -> None:
     model = Asked(SOMETIMES[queries])
