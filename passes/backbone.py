@@ -115,6 +115,11 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether the node's value is its first argument's, seen otherwise."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
 def value_name(node: fx.Node) -> str:
     """What a node's value is called: an input by the model's own name, which fx may not let a node have (`input`)."""
     return str(node.target) if node.op == "placeholder" else node.name

@@ -28,7 +28,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from .backbone import Backbone, depends_on_data, free_dimensions, is_size, module_path, value_name
+from .backbone import Backbone, depends_on_data, free_dimensions, is_size, is_view, module_path, value_name
 from .cuts import Cut, ValueGraph, analyse, row_bytes
 
 _AT_INFERENCE = {
@@ -151,8 +151,7 @@ def leaves_component(node: fx.Node, context: Context) -> str | None:
 
 def _only_rearranges(node: fx.Node) -> bool:
     """The same numbers in another order or shape."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and (target.is_view or target is torch.ops.aten.reshape.default)
+    return is_view(node) or node.target is torch.ops.aten.reshape.default
 
 
 def side_inputs(node: fx.Node, context: Context) -> str | None:

@@ -160,7 +160,7 @@ class ValueGraph:
         """As `carried`, for `members` that read `read` behind a cut: with what has the sizes that they read as well."""
         carried, stuck = self.carried(read)
         for size in self._sizes_unknown(members, (cut, *carried)):
-            bearers = [n for n in self.side if self._travels(n) and str(size.meta["val"]) in _sizes_of(n)]
+            bearers = [n for n in self.side if self._could_travel(n) and str(size.meta["val"]) in _sizes_of(n)]
             if not bearers:
                 stuck = (*stuck, size)
             elif not {*bearers} & {*carried}:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from .backbone import Backbone, attribute, copy_graph_module
+from .backbone import Backbone, attribute, copy_graph_module, is_view
 from .contract import Pass, PassResult
 
 
@@ -48,7 +48,7 @@ def foldable(backbone: Backbone) -> dict[fx.Node, list[fx.Node]]:
         made_of = _below(node)
         leaves = [n for n in made_of if n.op == "get_attr"]
         weights = [attribute(backbone.graph_module, str(n.target)) for n in leaves]
-        views = all(_is_view(n) for n in made_of if n.op == "call_function")
+        views = all(is_view(n) for n in made_of if n.op == "call_function")
         learned = any(isinstance(w, torch.nn.Parameter) for w in weights)
         if learned and not views and _size([value]) <= _size(weights):
             found[node] = leaves
@@ -79,10 +79,6 @@ def _below(node: fx.Node) -> list[fx.Node]:
             seen[found] = None
             todo += reversed(found.all_input_nodes)
     return list(seen)
-
-
-def _is_view(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
 def _size(tensors: Iterable[torch.Tensor]) -> int:

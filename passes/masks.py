@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .backbone import Backbone, copy_graph_module, is_size
+from .backbone import Backbone, copy_graph_module, is_size, is_view
 from .contract import Pass, PassResult
 
 aten = torch.ops.aten
@@ -112,7 +112,7 @@ def _is_true(node: object) -> bool:
         return isinstance(bound, int | float) and _COMPARISONS[node.target](_least(positions), bound)
     if node.target in ANDS:
         return all(map(_is_true, node.args))
-    return _is_view(node) and _is_true(node.args[0])
+    return is_view(node) and _is_true(node.args[0])
 
 
 def _least(node: object) -> float:
@@ -125,8 +125,4 @@ def _least(node: object) -> float:
         return node.args[0] if isinstance(node.args[0], int) else -math.inf
     if node.target is aten.add.Tensor and isinstance(node.args[1], int) and not node.kwargs:
         return _least(node.args[0]) + node.args[1]
-    return _least(node.args[0]) if _is_view(node) else -math.inf
-
-
-def _is_view(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+    return _least(node.args[0]) if is_view(node) else -math.inf

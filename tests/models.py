@@ -127,13 +127,17 @@ class Attention(nn.Module):
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         hidden = torch.where(mask.bool(), torch.tensor(0.0), torch.tensor(-1e9))[:, None, None, :]
+        return self.last(self.attended(ids, hidden)[:, 0])
+
+    def attended(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Token ids `[B, T]` and attention's own mask -> `[B, T, 8]`."""
         x = self.embed(ids)
         for layer in self.mix:
             parts = layer(x).view(x.size(0), x.size(1), 3, 2, 4).permute(2, 0, 3, 1, 4)
             query, key, value = parts.unbind(0)
             seen = F.scaled_dot_product_attention(query, key, value, attn_mask=hidden)
             x = x + seen.transpose(1, 2).reshape(x.shape)
-        return self.last(x[:, 0])
+        return x
 
 
 class Interrupted(ArrayRows):
