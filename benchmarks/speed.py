@@ -22,13 +22,14 @@ Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exi
 sessions on one pool of them, as `share_threads` makes it, or with --own-pools each on its own, as without that call. In
 every round each answers the same batches of test rows, the order turned by one and every second time backwards, each
 after a rest and a small batch that is not counted, until every row's class is known; ratios are taken within a round,
-those to the ideal too. There are as many rounds as two minutes hold, from 30 to 150. The README shows some batches, the
-JSON file and the plot all. Every variant's disagreement with the backbone, change in accuracy and exits over all test
-rows stand beside its times. Peak memory is that of a fresh process which loads one form and answers batches of 32,
-above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by `onnx.save_model(...,
-save_as_external_data=True)`, in a plain session. Writes benchmarks/results/speed.json after each batch size, keeping
-tasks that are not asked for, the README's tables and docs/speed.svg. With --add the artifacts that the last run
-compiled are taken up, and only the batch sizes asked for are timed, beside or in place of those it timed.
+those to the ideal too. There are as many rounds as two minutes hold, from 30 to 150. After every ten of them all of
+ours and ONNX Runtime's are made anew: one that was unlucky with where its memory lies stays some percent slower. The
+README shows some batches, the JSON file and the plot all. Every variant's disagreement with the backbone, change in
+accuracy and exits over all test rows stand beside its times. Peak memory is that of a fresh process which loads one
+form and answers batches of 32, above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by
+`onnx.save_model(..., save_as_external_data=True)`, in a plain session. Writes benchmarks/results/speed.json after each
+batch size, keeping tasks that are not asked for, the README's tables and docs/speed.svg. With --add the artifacts that
+the last run compiled are taken up, and only the batch sizes asked for are timed, beside or in place of those it timed.
 """
 
 from __future__ import annotations
@@ -64,12 +65,15 @@ from offramp.compiler.measure import Bench, machine, versions
 from offramp.compiler.stream import tensors
 from offramp.runtime import Answers, load, share_threads
 from offramp.runtime.artifact import Artifact, open_artifact
+from offramp.runtime.engine import ModelBytes
 from offramp.runtime.execution import ASK, CONFIDENCE, PROBABILITIES
+
+Opened = Callable[[], dict[str, Variant]]
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 RIVALLED = ("resnet20", "resnet56", "resnet56_long")  # by earlyon
 SMALLER = {"resnet56": "resnet20", "resnet56_long": "resnet20"}
-WARM = 2  # rounds that are not counted
+TOGETHER, WARM = 10, 2  # rounds with the same sessions, and those before them that are not counted
 REST = 0.01  # seconds; PyTorch's threads wait for more work as long, on the cores of whoever comes next
 WARM_ROWS = 8  # that each answers before its time is taken, for its weights and threads to be at hand
 SECONDS = 0.05  # of the plain backbone in a round, or more for so many calls, or one call
@@ -117,10 +121,9 @@ def compiled(task: Task, args: argparse.Namespace) -> tuple[Ready, Artifact, Art
     return ready, open_artifact(out), open_artifact(by_flops)
 
 
-def ours(ready: Ready, artifact: Artifact, by_flops: Artifact, threads: int) -> dict[str, Variant]:
-    """The plain backbone, the artifact in its forms, their ideal, segments that nothing leaves, and those by FLOPs."""
-    assert ready.plain is not None
-    bench = Bench(artifact, ready.plain, threads)
+def ours(models: Mapping[str, ModelBytes], artifact: Artifact, by_flops: Artifact, threads: int) -> dict[str, Variant]:
+    """Models without exits, the artifact in its forms, their ideal, segments that nothing leaves, those by FLOPs."""
+    bench = Bench(artifact, models["plain"], threads)
     other = load(by_flops.path, providers=PROVIDERS, threads=threads)
     whole = load(artifact.path, providers=PROVIDERS, threads=threads, executor="single-file")
     script = torch.jit.load(str(artifact.path / SCRIPT))  # type: ignore[no-untyped-call]
@@ -136,8 +139,7 @@ def ours(ready: Ready, artifact: Artifact, by_flops: Artifact, threads: int) -> 
         return answers.classes, answers.exits
 
     return {
-        "plain": in_onnxruntime(ready.plain, "backbone", threads),
-        "in_blocks": in_onnxruntime(backbone_model(ready.backbone, blocks=True), "backbone in blocks", threads),
+        **{name: in_onnxruntime(model, name, threads) for name, model in models.items()},
         "segments": called(bench.session.run, read),
         "by_flops": called(other.run, read),
         "single_file": called(whole.run, read),
@@ -147,6 +149,16 @@ def ours(ready: Ready, artifact: Artifact, by_flops: Artifact, threads: int) -> 
         "none_leaves": called(lambda batch: bench.session.run(batch, thresholds=asked), read),
         "heads_alone": Variant(lambda work: sum(heads_alone(bench, batch) for batch in work)),
     }
+
+
+def without_exits(name: str, ready: Ready) -> dict[str, ModelBytes]:
+    """The plain backbone as exported, the same with its shortcuts in blocks, and the smaller one where there is one."""
+    assert ready.plain is not None
+    models = {"plain": ready.plain, "in_blocks": backbone_model(ready.backbone, blocks=True)}
+    if name in SMALLER:
+        example = tensors(ready.rows, ready.splits.test[:8])
+        models["smaller"] = backbone_model(capture(backbone_of(SMALLER[name]), example, name=SMALLER[name]))
+    return models
 
 
 def heads_alone(bench: Bench, batch: Batch) -> float:
@@ -196,7 +208,7 @@ def judged(variant: Variant, ready: Ready, batch: int, truth: np.ndarray) -> dic
     }
 
 
-def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int, seed: int) -> dict[str, Any]:
+def timed(opened: Opened, ready: Ready, batch: int, rounds: int, seed: int) -> dict[str, Any]:
     """All variants at one batch size: milliseconds per row and ratios to plain, medians and quartiles over rounds."""
     generator, test = np.random.default_rng([seed, batch]), ready.splits.test
 
@@ -204,40 +216,49 @@ def timed(variants: Mapping[str, Variant], ready: Ready, batch: int, rounds: int
         picked = [generator.choice(test, batch, replace=len(test) < batch) for _ in range(calls)]
         return [dict(ready.rows.take(rows)) for rows in picked]
 
-    some, sides = draw(3), list(variants.values())
-    variants["plain"].seconds(some)
-    each = variants["plain"].seconds(some) / len(some)
-    calls = int(np.clip(SECONDS / each, max(1, min(CALLS, MORE_SECONDS / each)), 256))
-    seconds = np.array(list(_rounds(sides, lambda: draw(calls), rounds)))
-    per_row = seconds * 1e3 / (calls * batch)
-    of = {name: seconds[:, side] for side, name in enumerate(variants)}
-    told = {
-        name: {**_spread("ms", per_row[:, side]), **_spread("ratio", of[name] / of["plain"])}
-        for side, name in enumerate(variants)
+    calls = _calls(opened()["plain"], draw(3))
+    told = list(_rounds(opened, lambda: draw(calls), rounds))
+    of = {name: np.array([seconds[name] for seconds in told]) for name in told[0]}
+    variants = {
+        name: {**_spread("ms", taken * 1e3 / (calls * batch)), **_spread("ratio", taken / of["plain"])}
+        for name, taken in of.items()
     }
     for name in ("segments", "single_file"):
-        told[name] |= _spread("over_ideal", of[name] / of["ideal"])
-    told["none_leaves"] |= _spread("beyond_heads", (of["none_leaves"] - of["heads_alone"]) / of["plain"])
-    return {"batch": batch, "calls": calls, "rounds": len(seconds), "variants": told}
+        variants[name] |= _spread("over_ideal", of[name] / of["ideal"])
+    variants["none_leaves"] |= _spread("beyond_heads", (of["none_leaves"] - of["heads_alone"]) / of["plain"])
+    return {"batch": batch, "calls": calls, "rounds": len(told), "variants": variants}
 
 
-def _rounds(sides: Sequence[Variant], draw: Callable[[], list[Batch]], rounds: int) -> Iterator[list[float]]:
+def _calls(plain: Variant, some: Sequence[Batch]) -> int:
+    """In a round."""
+    plain.seconds(some)
+    each = plain.seconds(some) / len(some)
+    return int(np.clip(SECONDS / each, max(1, min(CALLS, MORE_SECONDS / each)), 256))
+
+
+def _rounds(opened: Opened, draw: Callable[[], list[Batch]], rounds: int) -> Iterator[dict[str, float]]:
     """Seconds of each variant, round by round: at least so many, and more while they are short."""
-    end = math.inf
-    for index in range(-WARM, rounds * MORE_ROUNDS):
-        if index == 0:
-            end = time.monotonic() + LONG
-        elif index >= rounds and time.monotonic() > end:
+    end = time.monotonic() + LONG
+    for first in range(0, rounds * MORE_ROUNDS, TOGETHER):
+        if first >= rounds and time.monotonic() > end:
             return
-        work, order = draw(), np.roll(np.arange(len(sides)), index)
+        yield from _rounds_of(opened(), draw, first)
+
+
+def _rounds_of(variants: Mapping[str, Variant], draw: Callable[[], list[Batch]], first: int) -> list[dict[str, float]]:
+    """The same of some that were opened together, the `first` round and those after it."""
+    told, names = [], list(variants)
+    for index in range(first - WARM, first + TOGETHER):
+        work = draw()
         few = [{name: values[:WARM_ROWS] for name, values in work[0].items()}]
-        seconds = [0.0] * len(sides)
-        for side in order if index % 2 else order[::-1]:
+        seconds = {}
+        turned = names[index % len(names) :] + names[: index % len(names)]
+        for name in turned if index % 2 else reversed(turned):
             time.sleep(REST)
-            sides[side].seconds(few)
-            seconds[side] = sides[side].seconds(work)
-        if index >= 0:
-            yield seconds
+            variants[name].seconds(few)
+            seconds[name] = variants[name].seconds(work)
+        told.append(seconds)
+    return told[WARM:]
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, Any]:
@@ -272,7 +293,8 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     task = TASKS[name](args.seed)
     ready, artifact, by_flops = compiled(task, args)
     manifest = artifact.manifest
-    variants = ours(ready, artifact, by_flops, args.threads)
+    models = without_exits(name, ready)
+    variants = ours(models, artifact, by_flops, args.threads)
     truth, _ = answered(variants["plain"], ready, JUDGED)
     told: dict[str, Any] = {
         "task": name, "kind": args.kind, "own_pools": args.own_pools, "machine": machine(), "versions": versions(),
@@ -283,29 +305,29 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
         "accuracy_backbone": manifest.evaluation.accuracy_backbone,
     }  # fmt: skip
     kept = _same(told, before.get(title(told))) if args.add else None
-    variants["eager"] = eager(task.model)
+    lasting = {"eager": eager(task.model)}
     if name in RIVALLED and args.earlyon is not None and len(manifest.exits) > 1:
         lost = max(0.0, -judged(variants["segments"], ready, JUDGED, truth)["accuracy_change"])
         given = earlyon(args.earlyon, task, ready, manifest, lost, args.earlyon_epochs, args.seed)
-        variants["earlyon"], told["earlyon"] = given
+        lasting["earlyon"], told["earlyon"] = given
     elif name in RIVALLED:
         log(f"{name}: earlyon is left out; it needs --earlyon DIR and an artifact with exits")
-    if name in SMALLER:
-        example = tensors(ready.rows, ready.splits.test[:8])
-        smaller = capture(backbone_of(SMALLER[name]), example, name=SMALLER[name])
-        variants["smaller"] = in_onnxruntime(backbone_model(smaller), SMALLER[name], args.threads)
+    variants |= lasting
     if kept is None:
         alone = {key: v for key, v in variants.items() if v.answer is not None and not v.together}
         told["answers"] = {key: judged(variant, ready, JUDGED, truth) for key, variant in alone.items()}
         told["memory"] = memory(ready, artifact, args.threads)
     else:
         told |= {key: kept[key] for key in ("answers", "memory")}
+    del variants  # their sessions
     sizes = {one["batch"]: one for one in kept["batches"]} if kept is not None else {}
     for batch in args.batches:
         log(f"{name}, batch {batch}")
-        one = timed(variants, ready, batch, args.rounds, args.seed)
-        for key in (key for key, variant in variants.items() if variant.together):
-            one["variants"][key] |= judged(variants[key], ready, batch, truth)
+        one = timed(
+            lambda: ours(models, artifact, by_flops, args.threads) | lasting, ready, batch, args.rounds, args.seed
+        )
+        for key in (key for key, variant in lasting.items() if variant.together):
+            one["variants"][key] |= judged(lasting[key], ready, batch, truth)
         sizes[batch] = {**one, "load": os.getloadavg()[2]}
         yield {**told, "batches": [sizes[size] for size in sorted(sizes)]}
 

@@ -80,18 +80,12 @@ def attention(
     else:
         # Scaled before they are multiplied: float16 would not hold larger ones.
         scores = q * (q.size(-1) ** -0.5 if scale is None else scale) @ k.transpose(-1, -2)
-        result = (scores if mask is None else scores + _for_all(mask, scores.shape[-2])).softmax(-1) @ v
+        result = (scores if mask is None else scores + mask).softmax(-1) @ v
     if seen is not None:
         result = result * seen.amax(-1, keepdim=True)
     elif mask is not None:
         result = torch.where(mask.amax(-1, keepdim=True) > -torch.inf, result, 0.0)
     return result if four else result.reshape(*query.shape[:-1], value.shape[-1])
-
-
-def _for_all(mask: torch.Tensor, queries: int) -> torch.Tensor:
-    """A mask `[..., 1, S]` as `[..., T, S]`, for sums that have to spread it take longer; another as it is."""
-    one = isinstance(mask.shape[-2], int) and mask.shape[-2] == 1
-    return mask.expand(*[-1] * (mask.dim() - 2), queries, -1) if one else mask
 
 
 def _before_spreading(mask: Any) -> Any:
