@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from offramp.runtime.manifest import Evaluation, Manifest
 from offramp.runtime.selection import DISAGREEMENT, REGRET, RISKS
-from offramp.runtime.table import at_most, human, percent, render
+from offramp.runtime.table import at_most, bound, human, percent, render
 
 from . import figures
 from .evidence import Evidence, Judged
@@ -93,7 +93,7 @@ def _promise(manifest: Manifest) -> str:
     return (
         f"At most {most} on new rows drawn as these were; wrong with probability {at_most(evidence.delta)} at most "
         f"({seen} {evidence.rows:,} certification rows, which nothing else has seen; "
-        f"bound for this plan alone {percent(evidence.bound, 2)})."
+        f"bound for this plan alone {bound(evidence.bound)})."
     )
 
 
@@ -153,7 +153,7 @@ def _dial(evidence: Evidence) -> Table:
     for index, point in enumerate(evidence.points):
         proof, default = point.plan.certificate, index == evidence.manifest.default_plan
         cells = [percent(point.plan.tolerance, 2) + (" (default)" if default else ""), point.plan.policy]
-        cells += [_NONE if proof is None else percent(proof.bound, 2), percent(point.saved)]
+        cells += [_NONE if proof is None else bound(proof.bound), percent(point.saved)]
         cells += [percent(saved) for saved in point.saved_time]
         cells += [percent(point.disagreement, 2), percent(point.regret, 2)]
         rows.append([*cells, *([percent(point.drop, 2)] if labelled else [])])

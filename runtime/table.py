@@ -7,6 +7,7 @@ time saved is less than the compute saved, every stage's share of both shows to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from .manifest import Certificate, Evaluation, Manifest, Plan, StaticEvaluation, Timing, Tuned
@@ -46,6 +47,12 @@ def at_most(share: float, digits: int = 0) -> str:
     return text if float(text.split()[0]) >= share * 100 * (1 - 1e-9) else f"{share * 100:.4g} %"
 
 
+def bound(share: float, digits: int = 2) -> str:
+    """As `percent`, rounded up: an upper bound rounded down is none."""
+    steps = 100 * 10**digits
+    return percent(math.ceil(share * steps * (1 - 1e-9)) / steps, digits)
+
+
 def _title(manifest: Manifest) -> str:
     plan = manifest.plans[manifest.default_plan]
     backbone = manifest.backbone
@@ -75,7 +82,7 @@ def _promise(plan: Plan, risk: str) -> str:
     return (
         f": no more {risk} on new rows, wrong with probability {at_most(evidence.delta)} at most\n"
         f"({_seen(evidence, risk)}; "
-        f"bound for this plan alone {percent(evidence.bound, 2)})"
+        f"bound for this plan alone {bound(evidence.bound)})"
     )
 
 

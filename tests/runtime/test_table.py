@@ -8,7 +8,7 @@ import pytest
 from tiny import Tiny
 
 from offramp.runtime import Manifest, render
-from offramp.runtime.table import at_most, human, percent
+from offramp.runtime.table import at_most, bound, human, percent
 
 
 def line(text: str, start: str) -> str:
@@ -121,3 +121,10 @@ def test_shares_are_percent() -> None:
 )
 def test_a_bound_is_not_rounded_to_less(share: float, digits: int, text: str) -> None:
     assert at_most(share, digits) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0087, "0.87 %"), (0.008_701, "0.88 %"), (0.07, "7.00 %"), (0.0, "0.00 %")]
+)
+def test_an_upper_bound_is_rounded_up(share: float, text: str) -> None:
+    assert bound(share) == text
