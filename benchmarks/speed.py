@@ -35,6 +35,7 @@ the last run compiled are taken up, and only the batch sizes asked for are timed
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -293,8 +294,8 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     task = TASKS[name](args.seed)
     ready, artifact, by_flops = compiled(task, args)
     manifest = artifact.manifest
-    models = without_exits(name, ready)
-    variants = ours(models, artifact, by_flops, args.threads)
+    opened = functools.partial(ours, without_exits(name, ready), artifact, by_flops, args.threads)
+    variants = opened()
     truth, _ = answered(variants["plain"], ready, JUDGED)
     told: dict[str, Any] = {
         "task": name, "kind": args.kind, "own_pools": args.own_pools, "machine": machine(), "versions": versions(),
@@ -323,9 +324,7 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     sizes = {one["batch"]: one for one in kept["batches"]} if kept is not None else {}
     for batch in args.batches:
         log(f"{name}, batch {batch}")
-        one = timed(
-            lambda: ours(models, artifact, by_flops, args.threads) | lasting, ready, batch, args.rounds, args.seed
-        )
+        one = timed(lambda: opened() | lasting, ready, batch, args.rounds, args.seed)
         for key in (key for key, variant in lasting.items() if variant.together):
             one["variants"][key] |= judged(lasting[key], ready, batch, truth)
         sizes[batch] = {**one, "load": os.getloadavg()[2]}
