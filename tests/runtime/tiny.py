@@ -273,7 +273,7 @@ def tiny_manifest(files: dict[str, bytes]) -> Manifest:
             ExitSpec("output", "", "the backbone's own", {}, 0, 0, 300, 1.0),
         ),
         plans=(
-            Plan(0.01, "certified", THRESHOLDS, Certificate(0.05, 1_500, 7.0, 0.0087)),
+            Plan(0.01, "certified", THRESHOLDS, Certificate(0.05, 1_500, 7.0, 0.008701)),
             Plan(0.001, "joint", (None, 0.9), None),
         ),
         default_plan=0,

@@ -112,7 +112,7 @@ def test_memory_queues_and_promises_are_those_of_the_moment() -> None:
     assert value(found, "offramp_segment_bytes", model="tiny", stage="2") == 0
     assert value(found, "offramp_queue_rows", model="tiny", stage="1") == 12
     assert value(found, "offramp_tolerance", model="tiny", risk="disagreement") == 0.01
-    assert value(found, "offramp_certified_bound", model="tiny", risk="disagreement") == 0.0087
+    assert value(found, "offramp_certified_bound", model="tiny", risk="disagreement") == 0.008701
     host.loaded["tiny", 2] = True
     engine.waiting["tiny", 1] = 0
     found = samples(metrics)

@@ -71,7 +71,7 @@ def test_the_numbers_are_the_server_s_and_they_move(browser: webdriver.Chrome) -
         assert [row[1:] for row in found["tiny"]["queue"][1:]] == [
             ["0", "1", "600.0"], ["0", "1", "300.0"], ["0", "1", "200.0"],
         ]  # fmt: skip
-        assert found["tiny"]["risk"][1] == ["3", "2", "50.0 %", "1.00 %", "0.87 %"]
+        assert found["tiny"]["risk"][1] == ["3", "2", "50.0 %", "1.00 %", "0.88 %"]
         assert found["other"]["exits"][1][:3] == ["0", "0", "–"]
         work(running, 60)
         running.engine.waiting["tiny", 1] = 17
