@@ -1,8 +1,9 @@
 """ONNX segments: one model per stage, segment and head together; the runtime compacts between them.
 
-A stage reads live values under their names in the backbone's graph and yields the value of its cut (and, in
-the first, side inputs computed there), `probabilities [rows, K]` and `confidence [rows]`, if its input `ask` is
-true: an exit that never answers need not be computed. The last stage yields the backbone's own answer.
+A stage reads live values under their names in the backbone's graph and yields the value of its cut, as much of it as
+is read (see `unread`), in the first also side inputs computed there, `probabilities [rows, K]` and `confidence
+[rows]`, if its input `ask` is true: an exit that never answers need not be computed. The last stage yields the
+backbone's own answer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from offramp.passes import Backbone, ExitProgram, confidence, probabilities
+from offramp.passes.backbone import module_path
 from offramp.passes.flops import meta_like
 from offramp.runtime.engine import ModelBytes
 from offramp.runtime.manifest import StageSpec
@@ -25,16 +27,21 @@ from .layout import in_blocks
 from .names import with_places
 from .promises import keep_promises
 from .translate import Example, to_onnx
+from .unread import EVERY, Step, without_unread
 
 ANSWER = ("probabilities", "confidence")
 _EXAMPLE_BATCH = 3  # torch.export treats 0 and 1 as constants
 
 
 class Stage(nn.Module):
-    """Segment `index` of a program and the head behind it."""
+    """Segment `index` of a program and the head behind it.
 
-    def __init__(self, program: ExitProgram, index: int) -> None:
+    The cut is handed over at `step`, see `unread`; the head reads every pixel.
+    """
+
+    def __init__(self, program: ExitProgram, index: int, step: Step = EVERY) -> None:
         super().__init__()
+        self.handed_over = nn.Identity() if step == EVERY else nn.MaxPool2d(1, step)
         self.segment = program.segments[index].graph_module
         self.last = index == len(program.heads)
         self.head = nn.Identity() if self.last else program.heads[index]
@@ -46,7 +53,7 @@ class Stage(nn.Module):
         """Live values -> what later stages read, probabilities `[b, K]`, confidence `[b]`."""
         outputs = self.segment(*values)
         answer = probabilities(self.head(outputs[0]), self.scores, self.temperature)
-        passed = () if self.last else outputs
+        passed = () if self.last else (self.handed_over(outputs[0]), *outputs[1:])
         return (*passed, answer, confidence(answer, self.metric))
 
 
@@ -73,17 +80,17 @@ def stage_specs(program: ExitProgram) -> tuple[StageSpec, ...]:
 
 def stage_models(program: ExitProgram, *, blocks: bool = True) -> tuple[onnx.ModelProto, ...]:
     """One ONNX model per stage, its head always asked; `blocks` lays its maps out as float32 convolutions want them."""
-    models = []
+    models: list[onnx.ModelProto] = []
     specs = stage_specs(program)
-    for index, spec in bar(enumerate(specs), "emit", len(specs)):
-        stage = Stage(program, index)
+    step = EVERY
+    for index, spec in bar(reversed(list(enumerate(specs))), "emit", len(specs)):
+        stage = Stage(program, index, step)
         own = "output" if stage.last else f"exits.{index}"
-        prefixes = {"": own, "head": f"{own}.head"}
         segment = in_blocks(stage.segment) if blocks else stage.segment
+        segment, step = without_unread(segment, spec.inputs[0] if index else None)
         stage.segment, places = with_places(keep_promises(segment))
-        prefixes |= _below("segment", places)
-        examples = _examples(program.segments[index].graph_module)
-        models.append(to_onnx(stage, examples, (*spec.outputs, *ANSWER), prefixes))
+        prefixes = {"": own, "head": f"{own}.head", "handed_over": _end(segment), **_below("segment", places)}
+        models.insert(0, to_onnx(stage, _examples(segment), (*spec.outputs, *ANSWER), prefixes))
     return tuple(models)
 
 
@@ -97,16 +104,22 @@ def asked_only(program: ExitProgram, models: Sequence[onnx.ModelProto]) -> tuple
 def backbone_model(backbone: Backbone, limit: int = INLINE_LIMIT, *, blocks: bool = False) -> ModelBytes:
     """The plain backbone as ONNX, to measure against; weights over `limit` bytes in a file beside it.
 
-    It is the model as it came; with `blocks` its maps are laid out as those of stages are.
+    It is the model as it came; with `blocks` its maps are laid out, and left out, as those of stages are.
 
     Raises `ModelError` when it holds an operator ONNX cannot express.
     """
     plain = Plain(backbone)
-    graph = in_blocks(plain.backbone) if blocks else plain.backbone
+    graph = without_unread(in_blocks(plain.backbone))[0] if blocks else plain.backbone
     plain.backbone, places = with_places(keep_promises(graph))
     prefixes = {"": "output", **_below("backbone", places)}
     model = to_onnx(plain, _examples(backbone.graph_module), ("probabilities",), prefixes)
     return model_bytes(model_files(model, "backbone.onnx", limit), "backbone.onnx")
+
+
+def _end(segment: fx.GraphModule) -> str:
+    """The place its first output comes from."""
+    (output,) = segment.graph.find_nodes(op="output")
+    return module_path(output.args[0][0])
 
 
 def _below(attribute: str, places: Mapping[str, str]) -> dict[str, str]:
