@@ -22,14 +22,16 @@ Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exi
 sessions on one pool of them, as `share_threads` makes it, or with --own-pools each on its own, as without that call. In
 every round each answers the same batches of test rows, the order turned by one and every second time backwards, each
 after a rest and a small batch that is not counted, until every row's class is known; ratios are taken within a round,
-those to the ideal too. There are as many rounds as two minutes hold, from 30 to 150. After every ten of them all of
-ours and ONNX Runtime's are made anew: one that was unlucky with where its memory lies stays some percent slower. The
-README shows some batches, the JSON file and the plot all. Every variant's disagreement with the backbone, change in
-accuracy and exits over all test rows stand beside its times. Peak memory is that of a fresh process which loads one
-form and answers batches of 32, above numpy, onnxruntime and the rows; "weights beside" is `model.onnx` saved again by
-`onnx.save_model(..., save_as_external_data=True)`, in a plain session. Writes benchmarks/results/speed.json after each
-batch size, keeping tasks that are not asked for, the README's tables and docs/speed.svg. With --add the artifacts that
-the last run compiled are taken up, and only the batch sizes asked for are timed, beside or in place of those it timed.
+those to the ideal too. There are at least 30 rounds, and at most 300 or six minutes: after two minutes, once it is
+known to 1 % what a batch costs that nothing leaves. After every ten all of ours and ONNX Runtime's are made anew: one
+that was unlucky with where its memory lies stays some percent slower, so what the rounds can tell is worked out from
+these tens. The README shows some batches, the JSON file and the plot all. Every variant's disagreement with the
+backbone, change in accuracy and exits over all test rows stand beside its times. Peak memory is that of a fresh process
+which loads one form and answers batches of 32, above numpy, onnxruntime and the rows; "weights beside" is `model.onnx`
+saved again by `onnx.save_model(..., save_as_external_data=True)`, in a plain session. Writes
+benchmarks/results/speed.json after each batch size, keeping tasks that are not asked for, the README's tables and
+docs/speed.svg. With --add the artifacts that the last run compiled are taken up, and only the batch sizes asked for are
+timed, beside or in place of those it timed.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ REST = 0.01  # seconds; PyTorch's threads wait for more work as long, on the cor
 WARM_ROWS = 8  # that each answers before its time is taken, for its weights and threads to be at hand
 SECONDS = 0.05  # of the plain backbone in a round, or more for so many calls, or one call
 CALLS, MORE_SECONDS = 4, 0.3
-LONG, MORE_ROUNDS = 120, 5  # so many times as many rounds, if they take no more seconds
+LONG, LONGEST, MORE_ROUNDS = 120, 360, 10  # seconds for more rounds, at most so many times as many
+SURE = 0.01  # of the plain backbone's time
+DRAWS = 2000
 JUDGED = 32  # rows at a time where the batch does not matter
 MEMORY_CALLS, MEMORY_RUNS = 8, 3
 MEMORY = """
@@ -218,15 +222,15 @@ def timed(opened: Opened, ready: Ready, batch: int, rounds: int, seed: int) -> d
         return [dict(ready.rows.take(rows)) for rows in picked]
 
     calls = _calls(opened()["plain"], draw(3))
-    told = list(_rounds(opened, lambda: draw(calls), rounds))
-    of = {name: np.array([seconds[name] for seconds in told]) for name in told[0]}
+    told = _rounds(opened, lambda: draw(calls), rounds)
+    of = _by_variant(told)
     variants = {
         name: {**_spread("ms", taken * 1e3 / (calls * batch)), **_spread("ratio", taken / of["plain"])}
         for name, taken in of.items()
     }
-    for name in ("segments", "single_file"):
-        variants[name] |= _spread("over_ideal", of[name] / of["ideal"])
-    variants["none_leaves"] |= _spread("beyond_heads", (of["none_leaves"] - of["heads_alone"]) / of["plain"])
+    limits = {name: ("over_ideal", of[name] / of["ideal"]) for name in ("segments", "single_file")}
+    for name, (key, values) in {**limits, "none_leaves": ("beyond_heads", _beyond_heads(of))}.items():
+        variants[name] |= {**_spread(key, values), f"{key}_error": error(values)}
     return {"batch": batch, "calls": calls, "rounds": len(told), "variants": variants}
 
 
@@ -237,13 +241,15 @@ def _calls(plain: Variant, some: Sequence[Batch]) -> int:
     return int(np.clip(SECONDS / each, max(1, min(CALLS, MORE_SECONDS / each)), 256))
 
 
-def _rounds(opened: Opened, draw: Callable[[], list[Batch]], rounds: int) -> Iterator[dict[str, float]]:
-    """Seconds of each variant, round by round: at least so many, and more while they are short."""
-    end = time.monotonic() + LONG
-    for first in range(0, rounds * MORE_ROUNDS, TOGETHER):
-        if first >= rounds and time.monotonic() > end:
-            return
-        yield from _rounds_of(opened(), draw, first)
+def _rounds(opened: Opened, draw: Callable[[], list[Batch]], rounds: int) -> list[dict[str, float]]:
+    """Seconds of each variant, round by round: at least so many, and more until what nobody's leaving costs is sure."""
+    start, told = time.monotonic(), list[dict[str, float]]()
+    while True:
+        told += _rounds_of(opened(), draw, len(told))
+        spent = time.monotonic() - start
+        sure = spent > LONG and error(_beyond_heads(_by_variant(told))) <= SURE
+        if len(told) >= rounds and (sure or spent > LONGEST or len(told) >= rounds * MORE_ROUNDS):
+            return told
 
 
 def _rounds_of(variants: Mapping[str, Variant], draw: Callable[[], list[Batch]], first: int) -> list[dict[str, float]]:
@@ -260,6 +266,27 @@ def _rounds_of(variants: Mapping[str, Variant], draw: Callable[[], list[Batch]],
             seconds[name] = variants[name].seconds(work)
         told.append(seconds)
     return told[WARM:]
+
+
+def _by_variant(told: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
+    return {name: np.array([seconds[name] for seconds in told]) for name in told[0]}
+
+
+def _beyond_heads(of: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What a batch that nothing leaves takes less the heads, over the plain backbone, round by round."""
+    beyond: np.ndarray = (of["none_leaves"] - of["heads_alone"]) / of["plain"]
+    return beyond
+
+
+def error(values: np.ndarray) -> float:
+    """Half of what holds 95 % of the medians, were other sessions drawn: rounds of the same sessions are no new ones.
+
+    The bootstrap over those that were opened together [Efron 1979, "Bootstrap methods: another look at the jackknife"].
+    """
+    opened = values.reshape(-1, TOGETHER)
+    drawn = np.random.default_rng(0).integers(len(opened), size=(DRAWS, len(opened)))
+    low, high = np.quantile(np.median(opened[drawn].reshape(DRAWS, -1), axis=1), (0.025, 0.975))
+    return float(high - low) / 2
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, Any]:
@@ -346,9 +373,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["resnet20", "resnet56", "sst2", "resnet50"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--kind", choices=KINDS, default="searched")
-    parser.add_argument(
-        "--rounds", type=int, default=30, help="at least; five times as many where they take two minutes at most"
-    )
+    parser.add_argument("--rounds", type=int, default=30, help="at least, and at most ten times as many")
     parser.add_argument("--epochs", type=int, default=Training.epochs, help="that the heads were trained for")
     parser.add_argument("--earlyon", type=Path, metavar="DIR", help="where earlyon is installed")
     parser.add_argument("--earlyon-epochs", type=int, default=Training.epochs)

@@ -55,8 +55,9 @@ def time_table(results: Sequence[Mapping[str, Any]]) -> str:
 def limits_table(results: Sequence[Mapping[str, Any]]) -> str:
     """What the executors take beyond the stages' own time and the heads', at every batch.
 
-    With what tells two medians apart at 95 %: 1.57 times the range between the quartiles over the root of the rounds
-    [McGill, Tukey and Larsen 1978, "Variations of box plots"].
+    With what the rounds can tell at 95 %, see `speed.error`. Results from before there was that hold what tells two
+    medians apart: 1.57 times the range between the quartiles over the root of the rounds [McGill, Tukey and Larsen
+    1978, "Variations of box plots"].
     """
     sizes = sorted({one["batch"] for result in results for one in result["batches"]})
     rows = []
@@ -74,8 +75,8 @@ def _limit(one: Mapping[str, Any], name: str, key: str, rounds: int) -> str:
     if key not in seen:
         return ""
     low, high = seen[f"{key}_quartiles"]
-    notch = 1.57 * (high - low) / math.sqrt(one.get("rounds", rounds))
-    return f"{(seen[key] - 1) * 100:.1f} ± {notch * 100:.1f} %"
+    error = seen.get(f"{key}_error", 1.57 * (high - low) / math.sqrt(one.get("rounds", rounds)))
+    return f"{(seen[key] - 1) * 100:.1f} ± {error * 100:.1f} %"
 
 
 def answer_table(results: Sequence[Mapping[str, Any]]) -> str:
