@@ -26,8 +26,9 @@ from torch import fx
 
 from offramp.passes.backbone import copy_graph_module
 
+from .padded import BLOCK, channels_of, padded_as_convolutions
+
 aten = torch.ops.aten
-_BLOCK = 16  # channels; 8 where the processor has no AVX-512
 _MAKES = (aten.conv2d.default, aten.convolution.default)
 _KEEPS = (  # its first argument's layout
     aten._native_batch_norm_legit_no_training.default,
@@ -47,17 +48,18 @@ _KEEPS = (  # its first argument's layout
 def in_blocks(module: fx.GraphModule) -> fx.GraphModule:
     """A copy, over the same weights, whose shortcuts are brought into blocks where sums need them there."""
     laid = copy_graph_module(module)
+    padded_as_convolutions(laid)
     blocked: set[fx.Node] = set()
     for node in list(laid.graph.nodes):
         if node.target is aten.add.Tensor and (maps := _two_maps(node)) is not None:
             inside = [one for one in maps if one in blocked]
             outside = [one for one in maps if one not in blocked]
-            if inside and outside and _channels(node) % _BLOCK == 0:
+            if inside and outside and channels_of(node) % BLOCK == 0:
                 blocked.add(_brought_in(laid.graph, outside[0], node))
                 outside = []
             if not outside:
                 blocked.add(node)
-        elif (node.target in _MAKES and _channels(node)) or (node.target in _KEEPS and node.args[0] in blocked):
+        elif (node.target in _MAKES and channels_of(node)) or (node.target in _KEEPS and node.args[0] in blocked):
             blocked.add(node)
     laid.recompile()
     return laid
@@ -76,16 +78,8 @@ def _brought_in(graph: fx.Graph, shortcut: fx.Node, add: fx.Node) -> fx.Node:
 
 def _two_maps(add: fx.Node) -> Sequence[fx.Node] | None:
     """Rule 1: what is summed; None where that is anything but two maps of one shape."""
-    maps = [one for one in add.args if isinstance(one, fx.Node) and _channels(one)]
+    maps = [one for one in add.args if isinstance(one, fx.Node) and channels_of(one)]
     if len(maps) != 2 or add.kwargs or maps[0] is maps[1]:
         return None
     one, other = (tuple(node.meta["val"].shape) for node in maps)
     return maps if one == other else None
-
-
-def _channels(node: fx.Node) -> int:
-    """C of a map `[B, C, H, W]` of float32; 0 for anything else."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.dtype != torch.float32:
-        return 0
-    return value.shape[1] if isinstance(value.shape[1], int) else 0

@@ -41,7 +41,7 @@ def keep_promises(module: fx.GraphModule) -> fx.GraphModule:
     """A copy, over the same weights, whose translation gives what `module` gives."""
     kept = copy_graph_module(module)
     for node in kept.graph.nodes:
-        if node.target in _PADS and any(user.target in _MAX_POOLS for user in node.users):
+        if node.target in PADS and any(user.target in _MAX_POOLS for user in node.users):
             node.target = joined
         if node.target is aten.scaled_dot_product_attention.default:
             node.args = (*node.args[:3], *map(_before_spreading, node.args[3:]))
@@ -147,7 +147,7 @@ def rsub(x: torch.Tensor, other: float, alpha: float = 1) -> torch.Tensor:
 
 def joined(x: torch.Tensor, pads: Sequence[int], *rest: Any, **more: Any) -> torch.Tensor:
     """As `aten.pad` and `aten.constant_pad_nd` with a constant, by concatenation."""
-    mode, value = _mode_and_value(*rest, **more)
+    mode, value = mode_and_value(*rest, **more)
     if mode != "constant" or min(pads) < 0:
         return torch.nn.functional.pad(x, list(pads), mode, value)
     for index in range(len(pads) // 2):
@@ -160,7 +160,7 @@ def joined(x: torch.Tensor, pads: Sequence[int], *rest: Any, **more: Any) -> tor
     return x
 
 
-def _mode_and_value(*rest: Any, mode: str = "constant", value: float | None = None) -> tuple[str, float | None]:
+def mode_and_value(*rest: Any, mode: str = "constant", value: float | None = None) -> tuple[str, float | None]:
     """`pad` takes a mode and a value, `constant_pad_nd` a value alone."""
     given = list(rest)
     if given and isinstance(given[0], str):
@@ -168,7 +168,7 @@ def _mode_and_value(*rest: Any, mode: str = "constant", value: float | None = No
     return mode, (given[0] if given else value)
 
 
-_PADS = (aten.pad.default, aten.constant_pad_nd.default)
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
 _MAX_POOLS = (aten.max_pool2d.default, aten.max_pool2d_with_indices.default, aten.max_pool1d.default)
 _PROMISES: Mapping[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: attention,
