@@ -13,6 +13,8 @@ shortcut it brings it into blocks once, and all behind it stay in them. Rules:
 2. C must be a multiple of 16, the largest block there is: otherwise ONNX Runtime leaves the mean out of blocks.
 3. Whoever reads the shortcut reads it from behind the mean, but for the stage's own outputs.
 
+Before that, shortcuts that a convolution can make are made by one: see `padded`.
+
 Where another processor or a GPU knows no blocks, the mean is one cheap pass over the map.
 """
 
