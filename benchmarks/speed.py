@@ -4,7 +4,7 @@
         [--kind searched] [--epochs 30] [--earlyon DIR] [--own-pools] [--add]
 
     plain        the backbone in ONNX Runtime: what all others are divided by
-    in blocks    the same with its shortcuts laid out as those of our stages are, which is no early exit's merit
+    rewritten    the same, without exits, written for ONNX Runtime as our stages are: no early exit's merit
     segments     the artifact, one model per stage
     single file  the artifact's `model.onnx`, in the same session class
     TorchScript  the artifact's `model.ts`, in PyTorch
@@ -157,9 +157,9 @@ def ours(models: Mapping[str, ModelBytes], artifact: Artifact, by_flops: Artifac
 
 
 def without_exits(name: str, ready: Ready) -> dict[str, ModelBytes]:
-    """The plain backbone as exported, the same with its shortcuts in blocks, and the smaller one where there is one."""
+    """The plain backbone as exported, the same rewritten as stages are, and the smaller one where there is one."""
     assert ready.plain is not None
-    models = {"plain": ready.plain, "in_blocks": backbone_model(ready.backbone, blocks=True)}
+    models = {"plain": ready.plain, "rewritten": backbone_model(ready.backbone, blocks=True)}
     if name in SMALLER:
         example = tensors(ready.rows, ready.splits.test[:8])
         models["smaller"] = backbone_model(capture(backbone_of(SMALLER[name]), example, name=SMALLER[name]))

@@ -16,7 +16,7 @@ from offramp.runtime.table import percent
 
 FIGURE = Path(__file__).parents[1] / "docs" / "speed.svg"
 TITLES = {
-    "plain": "plain", "in_blocks": "plain, in blocks", "segments": "segments", "by_flops": "by FLOPs",
+    "plain": "plain", "rewritten": "plain, rewritten", "segments": "segments", "by_flops": "by FLOPs",
     "single_file": "single file", "torchscript": "TorchScript", "ideal": "ideal", "no_exit": "no exit",
     "none_leaves": "none leaves", "heads_alone": "heads alone", "eager": "eager PyTorch", "earlyon": "earlyon",
     "smaller": "smaller model",
