@@ -15,6 +15,7 @@
     heads alone  what the heads take of that: all stages in turn asked for their answers, less all not asked
     eager        the backbone in PyTorch
     earlyon      see `benchmarks.speed_rivals`; DIR is what `pip install --no-deps --target DIR earlyon==0.3.0` filled
+    at 2 %       segments at that tolerance instead, and earlyon asked for as much loss
     smaller      ResNet-20 in ONNX Runtime in place of ResNet-56
 
 Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exits chosen for speed: by `--cost time
@@ -41,29 +42,25 @@ import functools
 import json
 import math
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 
 from benchmarks.cifar10_resnet import backbone_of
+from benchmarks.speed_memory import memory
 from benchmarks.speed_rivals import PROVIDERS, Answered, Batch, Variant, called, eager, earlyon, in_onnxruntime
-from benchmarks.speed_tables import MEMORY_BATCH, plot, tables, title
+from benchmarks.speed_tables import plot, tables, title
 from benchmarks.tables import log, replace_block
 from benchmarks.tasks import TASKS, Task
 from benchmarks.trained import KINDS, WORK, heads_of, made_ready, options_of
 from offramp.compiler import ALL_TARGETS, Ready, Training, capture, finish
 from offramp.compiler.costs import FLOPS, TIME
-from offramp.compiler.emit import SCRIPT, SEGMENTS, WHOLE, backbone_model
+from offramp.compiler.emit import SCRIPT, SEGMENTS, backbone_model
 from offramp.compiler.measure import Bench, machine, versions
 from offramp.compiler.stream import tensors
 from offramp.runtime import Answers, load, share_threads
@@ -82,33 +79,10 @@ WARM_ROWS = 8  # that each answers before its time is taken, for its weights and
 SECONDS = 0.05  # of the plain backbone in a round, or more for so many calls, or one call
 CALLS, MORE_SECONDS = 4, 0.3
 LONG, LONGEST, MORE_ROUNDS = 120, 360, 10  # seconds for more rounds, at most so many times as many
+WIDER = 0.02  # a tolerance, beside earlyon
 WANTED, SURE = 1.02, 0.01  # of the plain backbone's time, when nothing leaves and heads are taken off
 DRAWS = 2000
 JUDGED = 32  # rows at a time where the batch does not matter
-MEMORY_CALLS, MEMORY_RUNS = 8, 3
-MEMORY = """
-import sys
-import numpy as np
-import onnxruntime as ort
-def peak():  # KiB
-    with open("/proc/self/status") as file:
-        return int(next(line for line in file if line.startswith("VmHWM:")).split()[1])
-form, path, rows, threads, size = *sys.argv[1:3], dict(np.load(sys.argv[3])), *map(int, sys.argv[4:])
-count = len(next(iter(rows.values())))
-work = [{name: values[at : at + size] for name, values in rows.items()} for at in range(0, count, size)]
-before = peak()
-if form in ("plain", "beside"):
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    answer = lambda batch: session.run(["probabilities"], batch)
-else:
-    from offramp.runtime import load
-    answer = load(path, providers=["CPUExecutionProvider"], threads=threads, executor=form).run
-for batch in work:
-    answer(batch)
-print((peak() - before) / 1024, before / 1024)
-"""
 
 
 def compiled(task: Task, args: argparse.Namespace) -> tuple[Ready, Artifact, Artifact]:
@@ -126,8 +100,13 @@ def compiled(task: Task, args: argparse.Namespace) -> tuple[Ready, Artifact, Art
     return ready, open_artifact(out), open_artifact(by_flops)
 
 
-def ours(models: Mapping[str, ModelBytes], artifact: Artifact, by_flops: Artifact, threads: int) -> dict[str, Variant]:
-    """Models without exits, the artifact in its forms, their ideal, segments that nothing leaves, those by FLOPs."""
+def ours(
+    models: Mapping[str, ModelBytes], artifact: Artifact, by_flops: Artifact, threads: int, wider: bool
+) -> dict[str, Variant]:
+    """Models without exits, the artifact in its forms, their ideal, segments that nothing leaves, those by FLOPs.
+
+    If `wider`, segments at a wider tolerance too.
+    """
     bench = Bench(artifact, models["plain"], threads)
     other = load(by_flops.path, providers=PROVIDERS, threads=threads)
     whole = load(artifact.path, providers=PROVIDERS, threads=threads, executor="single-file")
@@ -146,6 +125,7 @@ def ours(models: Mapping[str, ModelBytes], artifact: Artifact, by_flops: Artifac
     return {
         **{name: in_onnxruntime(model, name, threads) for name, model in models.items()},
         "segments": called(bench.session.run, read),
+        **({"wider": called(lambda batch: bench.session.run(batch, tolerance=WIDER), read)} if wider else {}),
         "by_flops": called(other.run, read),
         "single_file": called(whole.run, read),
         "torchscript": called(scripted, lambda given: (given[0].argmax(1), given[1])),
@@ -300,34 +280,13 @@ def _spread(name: str, values: np.ndarray) -> dict[str, Any]:
     return {name: middle, f"{name}_quartiles": [low, high]}
 
 
-def memory(ready: Ready, artifact: Artifact, threads: int) -> dict[str, float]:
-    """MiB at the peak above what numpy and onnxruntime take, medians over fresh processes."""
-    assert ready.plain is not None
-    assert not ready.plain.external, "a model with its weights in other files needs them written too"
-    test = ready.splits.test
-    picked = test[np.arange(MEMORY_BATCH * MEMORY_CALLS) % len(test)]
-    told: dict[str, list[float]] = {"plain": [], "segments": [], "single-file": [], "beside": [], "base": []}
-    with tempfile.TemporaryDirectory() as folder:
-        files = {form: Path(folder) / f"{form}.onnx" for form in ("plain", "beside")}
-        rows = Path(folder) / "rows.npz"
-        files["plain"].write_bytes(ready.plain.proto)
-        onnx.save_model(onnx.load(artifact.path / WHOLE), files["beside"], save_as_external_data=True)
-        np.savez(rows, **ready.rows.take(picked))  # type: ignore[arg-type]  # numpy's stub takes a flag among the names
-        for form in [name for name in told if name != "base"] * MEMORY_RUNS:
-            given = map(str, (form, files.get(form, artifact.path), rows, threads, MEMORY_BATCH))
-            said = subprocess.run([sys.executable, "-c", MEMORY, *given], check=True, stdout=subprocess.PIPE, text=True)
-            peak, base = map(float, said.stdout.split())
-            told[form].append(peak)
-            told["base"].append(base)
-    return {f"{form.replace('-', '_')}_mib": median(values) for form, values in told.items()}
-
-
 def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """One task: compile, judge, time; its result after every batch size. `before` are results by their titles."""
     task = TASKS[name](args.seed)
     ready, artifact, by_flops = compiled(task, args)
     manifest = artifact.manifest
-    opened = functools.partial(ours, without_exits(name, ready), artifact, by_flops, args.threads)
+    rivalled = name in RIVALLED and args.earlyon is not None and len(manifest.exits) > 1
+    opened = functools.partial(ours, without_exits(name, ready), artifact, by_flops, args.threads, rivalled)
     variants = opened()
     truth, _ = answered(variants["plain"], ready, JUDGED)
     told: dict[str, Any] = {
@@ -340,19 +299,19 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     }  # fmt: skip
     kept = _same(told, before.get(title(told))) if args.add else None
     lasting = {"eager": eager(task.model)}
-    if name in RIVALLED and args.earlyon is not None and len(manifest.exits) > 1:
-        lost = max(0.0, -judged(variants["segments"], ready, JUDGED, truth)["accuracy_change"])
-        given = earlyon(args.earlyon, task, ready, manifest, lost, args.earlyon_epochs, args.seed)
-        lasting["earlyon"], told["earlyon"] = given
+    if rivalled:
+        of_ours = [judged(variants[key], ready, JUDGED, truth) for key in ("segments", "wider")]
+        losses = [max(0.0, -seen["accuracy_change"]) for seen in of_ours]
+        given = earlyon(args.earlyon, task, ready, manifest, losses, args.earlyon_epochs, args.seed)
+        for key, (variant, how) in zip(("earlyon", "earlyon_wider"), given, strict=True):
+            lasting[key], told[key] = variant, how
     elif name in RIVALLED:
         log(f"{name}: earlyon is left out; it needs --earlyon DIR and an artifact with exits")
     variants |= lasting
-    if kept is None:
-        alone = {key: v for key, v in variants.items() if v.answer is not None and not v.together}
-        told["answers"] = {key: judged(variant, ready, JUDGED, truth) for key, variant in alone.items()}
-        told["memory"] = memory(ready, artifact, args.threads)
-    else:
-        told |= {key: kept[key] for key in ("answers", "memory")}
+    alone = {key: v for key, v in variants.items() if v.answer is not None and not v.together}
+    answers: Mapping[str, Any] = {} if kept is None else kept["answers"]
+    told["answers"] = {key: answers.get(key) or judged(variant, ready, JUDGED, truth) for key, variant in alone.items()}
+    told["memory"] = memory(ready, artifact, args.threads) if kept is None else kept["memory"]
     del variants  # their sessions
     sizes = {one["batch"]: one for one in kept["batches"]} if kept is not None else {}
     for batch in args.batches:

@@ -8,10 +8,11 @@
 earlyon is used as its pages say: its own heads, trained by `stage2_train_exits` on the rows our heads learned from,
 mirrored at random as its CIFAR loader does, for as many epochs as the results say; temperatures fitted on the rows ours
 were; thresholds from `calibrate_thresholds` on the rows that our exits were chosen and certified on, asked for the
-accuracy that our artifact loses on the test rows. It learns and calibrates from labels, which ours never sees. One row
-is answered by `mode="inference"`, more by `forward_inference_batched`, under which all rows of a batch leave together:
-what it answers depends on the batch, so its errors are told for every batch size. Its wrapper is put together here as
-its `custom_ee` does, whose module cannot be imported without torchvision.
+accuracy that our artifact loses on the test rows, at its own tolerance and at a wider one. It learns and calibrates
+from labels, which ours never sees. One row is answered by `mode="inference"`, more by `forward_inference_batched`,
+under which all rows of a batch leave together: what it answers depends on the batch, so its errors are told for every
+batch size. Its wrapper is put together here as its `custom_ee` does, whose module cannot be imported without
+torchvision.
 """
 
 from __future__ import annotations
@@ -87,11 +88,11 @@ def _without_exits(scores: np.ndarray) -> Answered:
 
 
 def earlyon(
-    folder: Path, task: Task, ready: Ready, manifest: Manifest, lost: float, epochs: int, seed: int
-) -> tuple[Variant, dict[str, Any]]:
-    """earlyon's wrapper, trained and calibrated to lose `lost` of the accuracy -> what is timed, and what it took."""
+    folder: Path, task: Task, ready: Ready, manifest: Manifest, losses: Sequence[float], epochs: int, seed: int
+) -> list[tuple[Variant, dict[str, Any]]]:
+    """earlyon's wrapper, trained once and calibrated to lose so much accuracy -> what is timed, and what it took."""
     sys.path.append(str(folder.resolve()))
-    wrapper = _wrapped(task.model, ready, manifest)
+    trained = _wrapped(task.model, ready, manifest)
     name, *others = ready.rows.input_names
     assert not others, "earlyon calls a backbone with one tensor"
 
@@ -103,21 +104,32 @@ def earlyon(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         train = importlib.import_module("earlyon.training.two_stage_trainer").stage2_train_exits
-        train(wrapper, loader(splits.distil, True), epochs=epochs, on_epoch_end=lambda told: None)
-    found = importlib.import_module("earlyon.core.thresholds").calibrate_thresholds(
-        wrapper, loader(np.concatenate([splits.select, splits.certify])), target_accuracy_drop=lost,
-        fit_temperature=True, temperature_loader=loader(splits.calibrate),
-    )  # fmt: skip
-    wrapper.eval()
-    told = {
-        "version": importlib.import_module("earlyon").__version__,
-        "epochs": epochs,
-        "seconds": time.perf_counter() - started,
-        "places": [point.layer_name for point in wrapper.config.exit_points],
-        "asked": found.enabled_exits,
-        "thresholds": found.thresholds,
-        "accuracy_loss": {"wanted": lost, "calibrated": found.accuracy_delta},
-    }
+        train(trained, loader(splits.distil, True), epochs=epochs, on_epoch_end=lambda told: None)
+    took = time.perf_counter() - started
+    given = []
+    for lost in losses:
+        wrapper = _wrapped(task.model, ready, manifest)
+        wrapper.load_state_dict(trained.state_dict())
+        started = time.perf_counter()
+        found = importlib.import_module("earlyon.core.thresholds").calibrate_thresholds(
+            wrapper, loader(np.concatenate([splits.select, splits.certify])), target_accuracy_drop=lost,
+            fit_temperature=True, temperature_loader=loader(splits.calibrate),
+        )  # fmt: skip
+        told = {
+            "version": importlib.import_module("earlyon").__version__,
+            "epochs": epochs,
+            "seconds": took + time.perf_counter() - started,
+            "places": [point.layer_name for point in wrapper.config.exit_points],
+            "asked": found.enabled_exits,
+            "thresholds": found.thresholds,
+            "accuracy_loss": {"wanted": lost, "calibrated": found.accuracy_delta},
+        }
+        given.append((_answering(wrapper.eval(), name, len(found.thresholds)), told))
+    return given
+
+
+def _answering(wrapper: Any, name: str, last: int) -> Variant:
+    """earlyon's wrapper, whose one input is called `name`; the backbone's own answer is exit `last`."""
 
     def run(batch: Batch) -> Any:
         rows = torch.from_numpy(batch[name])
@@ -125,10 +137,9 @@ def earlyon(
 
     def read(result: Any) -> Answered:
         scores = result.prediction if hasattr(result, "prediction") else result.predictions
-        left = result.exit_taken if result.exit_taken >= 0 else len(found.thresholds)
-        return scores.argmax(1).numpy(), left
+        return scores.argmax(1).numpy(), result.exit_taken if result.exit_taken >= 0 else last
 
-    return called(run, read, together=True), told
+    return called(run, read, together=True)
 
 
 def _wrapped(model: nn.Module, ready: Ready, manifest: Manifest) -> Any:

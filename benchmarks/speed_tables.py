@@ -19,7 +19,7 @@ TITLES = {
     "plain": "plain", "rewritten": "plain, rewritten", "segments": "segments", "by_flops": "by FLOPs",
     "single_file": "single file", "torchscript": "TorchScript", "ideal": "ideal", "no_exit": "no exit",
     "none_leaves": "none leaves", "heads_alone": "heads alone", "eager": "eager PyTorch", "earlyon": "earlyon",
-    "smaller": "smaller model",
+    "wider": "segments at 2 %", "earlyon_wider": "earlyon at 2 %", "smaller": "smaller model",
 }  # fmt: skip
 SHOWN = (1, 8, 32, 128)  # batches
 LIMITS = {  # what the executors themselves cost: of whom, by what name, as a quotient within a round
@@ -123,7 +123,7 @@ def plot(results: Sequence[Mapping[str, Any]]) -> None:
     )  # fmt: skip
     for axes in panels.flat[len(results) :]:
         axes.set_visible(False)
-    shown = [item for item in TITLES.items() if item[0] not in ("plain", "heads_alone")]
+    shown = [item for item in TITLES.items() if item[0] not in ("plain", "heads_alone", "wider", "earlyon_wider")]
     colours, lines = plt.get_cmap("Paired"), dict[str, Any]()
     for axes, result in zip(panels.flat, results, strict=False):
         axes.axhline(1, color="grey", linewidth=0.8)
