@@ -187,9 +187,8 @@ def finish(
     price = costs(backbone, heads)
     spent = price
     if options.cost == TIME:
-        assert ready.plain is not None, "Options sees to it"
         some = rows.take(splits.select[np.arange(options.cost_batch) % len(splits.select)])
-        spent = measured_costs(backbone, heads, temperatures, ready.plain, some, options.threads)
+        spent = measured_costs(backbone, heads, temperatures, some, options.threads)
     selection, certificate, sets = choose_exits(recorded, spent, options)
     seen = f"{selection.risk:.2%} {options.risk} on the {len(splits.select)} rows they were chosen on"
     say(f"{len(selection.chosen)} exits chosen by {options.policy}: {seen}")

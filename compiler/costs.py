@@ -7,6 +7,7 @@ however few rows there are, and every exit parts the backbone into two models wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,7 +24,8 @@ from .heads import head_flops
 
 FLOPS, TIME = "flops", "time"
 COSTS = (FLOPS, TIME)
-_PLAIN = "backbone.onnx"
+_ALONE = "without exits"
+Emission = tuple[Sequence[StageSpec], Mapping[str, bytes]]  # what `emit` gives
 _ASKED = 0.5  # a threshold; stages are timed one by one, whoever leaves
 
 
@@ -39,16 +41,21 @@ def measured_costs(
     backbone: Backbone,
     heads: Sequence[Head],
     temperatures: Sequence[float],
-    plain: ModelBytes,
     rows: Mapping[str, np.ndarray],
     threads: int | None,
 ) -> Costs:
     """Milliseconds per row, in batches as large as `rows`, by timing the program with an exit at every candidate.
 
-    `plain` is the backbone as one model, timed in the same rounds.
+    The backbone is timed in the same rounds, as an artifact without exits would have it: what its stages gain by the
+    way they are written is no exit's merit.
     """
-    stages, files = emit(every_exit(backbone, heads, temperatures), (SEGMENTS,))
-    return timed_costs(stages, files, plain, rows, threads)
+    alone = emit(without_exits(backbone), (SEGMENTS,))
+    return timed_costs(emit(every_exit(backbone, heads, temperatures), (SEGMENTS,)), alone, rows, threads)
+
+
+def without_exits(backbone: Backbone, metric: str = METRICS[0]) -> ExitProgram:
+    """The program of one stage."""
+    return build_program(backbone, ExitPlan((), metric), {})
 
 
 def every_exit(
@@ -59,19 +66,15 @@ def every_exit(
     return build_program(backbone, ExitPlan(exits, metric), {h.candidate.name: h.module for h in heads})
 
 
-def timed_costs(
-    stages: Sequence[StageSpec],
-    files: Mapping[str, bytes],
-    plain: ModelBytes,
-    rows: Mapping[str, np.ndarray],
-    threads: int | None,
-) -> Costs:
-    """Milliseconds per row, in batches as large as `rows`, of the stages of `every_exit`, emitted."""
-    names = tuple(rows)
-    whole = StageSpec(_PLAIN, names, (), names)  # a stage before the first, which passes all inputs on
+def timed_costs(every: Emission, alone: Emission, rows: Mapping[str, np.ndarray], threads: int | None) -> Costs:
+    """Milliseconds per row, in batches as large as `rows`, of `every_exit` and `without_exits`, emitted."""
+    stages, files = every
+    (single,), own = alone
+    # A stage before the first, which passes all inputs on.
+    whole = replace(single, file=_ALONE, outputs=(), carries=tuple(rows))
 
     def model(name: str) -> ModelBytes:
-        return plain if name == _PLAIN else model_bytes(files, name)
+        return model_bytes(own, single.file) if name == _ALONE else model_bytes(files, name)
 
     size = len(next(iter(rows.values())))
     cores = threads or usable_cores()
@@ -79,10 +82,10 @@ def timed_costs(
 
 
 def shared_out(times: StageTimes) -> Costs:
-    """Times of the plain model, then of every stage, at one size -> costs per row.
+    """Times of the model without exits, then of every stage, at one size -> costs per row.
 
-    Stages together take longer than the plain model: each is a call of its own, and values change their memory layout
-    in between. That is the exits' doing, and each pays an equal part of it, beside its head; what is left is the plain
+    Stages together take longer than that model: each is a call of its own, and values change their memory layout
+    in between. That is the exits' doing, and each pays an equal part of it, beside its head; what is left is the
     model's time, shared among the stages as they take it.
     """
     (size,) = times.sizes

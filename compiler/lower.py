@@ -24,8 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from offramp.passes import ExitPlan, ExitProgram, build_program, observed
-from offramp.runtime.engine import ModelBytes
+from offramp.passes import ExitProgram, build_program, observed
 from offramp.runtime.manifest import Plan, StageSpec
 from offramp.runtime.selection import (
     CERTIFIED,
@@ -43,7 +42,7 @@ from offramp.runtime.selection import (
 
 from .capture import bind
 from .choose import exit_plan, observers, records
-from .costs import TIME, costs, every_exit, timed_costs
+from .costs import TIME, costs, every_exit, timed_costs, without_exits
 from .distill import Head
 from .emit import SEGMENTS, emit, model_bytes, stage_models
 from .emitted import Answered, Stages
@@ -191,7 +190,6 @@ def _outcome(said: Recording, kept: Records, chosen: Selection) -> Outcome:
 
 def _timed(ready: Ready, every: Emitted, options: Options) -> Costs:
     """Milliseconds per row, against the backbone in the same precision: what exits part is that."""
-    alone = _emitted(ready, build_program(ready.backbone, ExitPlan((), options.metric), {}), options)
+    alone = _emitted(ready, without_exits(ready.backbone, options.metric), options)
     some = ready.rows.take(ready.splits.select[np.arange(options.cost_batch) % len(ready.splits.select)])
-    plain: ModelBytes = model_bytes(alone.files, alone.specs[0].file)
-    return timed_costs(every.specs, every.files, plain, some, options.threads)
+    return timed_costs((every.specs, every.files), (alone.specs, alone.files), some, options.threads)

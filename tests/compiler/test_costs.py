@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from models import Chain
 
 from offramp.compiler import Options, Training, compile
 from offramp.compiler.costs import shared_out
-from offramp.runtime import load
+from offramp.runtime import load, open_artifact
+from offramp.runtime.engine import ModelBytes
+from offramp.runtime.manifest import StageSpec
 from offramp.runtime.stage_times import StageTimes
 from offramp.runtime.table import render
 
@@ -68,3 +72,24 @@ def test_exits_whose_parting_costs_more_than_they_save_are_not_chosen(
         options = Options(policy="joint", tolerance=1.0, cost=cost, cost_batch=8, batches=(), training=quick)
         exits[cost] = len(compile(Chain().eval(), rows, tmp_path / cost, options=options).exits)
     assert exits["flops"] > exits["time"] == 1
+
+
+def test_exits_are_measured_against_an_artifact_without_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def timed(stages: Sequence[StageSpec], model: Callable[[str], ModelBytes], *_: object) -> StageTimes:
+        seen.append((stages[0], model(stages[0].file)))
+        count = len(stages) - 1
+        return times(1.0, [1.0] * count, [0.0] * (count - 1), 8)
+
+    monkeypatch.setattr(importlib.import_module("offramp.compiler.costs"), "time_stages", timed)
+    torch.manual_seed(0)
+    rows = np.random.default_rng(0).standard_normal((400, 6)).astype(np.float32)
+    options = Options(
+        policy="joint", tolerance=1.0, cost="time", cost_batch=8, batches=(), training=Training(epochs=2, batch=32)
+    )
+    assert len(compile(Chain().eval(), rows, tmp_path / "a", options=options).exits) == 1, "the model's own answer"
+    ((spec, model),) = seen
+    made = open_artifact(tmp_path / "a").model("stages/0.onnx")
+    assert onnx.load_from_string(model.proto).graph == onnx.load_from_string(made.proto).graph
+    assert (spec.inputs, spec.carries) == (("x",), ("x",))
