@@ -78,10 +78,11 @@ REST = 0.01  # seconds; PyTorch's threads wait for more work as long, on the cor
 WARM_ROWS = 8  # that each answers before its time is taken, for its weights and threads to be at hand
 SECONDS = 0.05  # of the plain backbone in a round, or more for so many calls, or one call
 CALLS, MORE_SECONDS = 4, 0.3
-LONG, LONGEST, MORE_ROUNDS = 120, 360, 10  # seconds for more rounds, at most so many times as many
+LONG, LONGEST = 120, 360  # seconds of rounds: before we ask whether they are enough, and at most
+MORE_ROUNDS = 10  # at most so many times the least
 WIDER = 0.02  # a tolerance, beside earlyon
 WANTED, SURE = 1.02, 0.01  # of the plain backbone's time, when nothing leaves and heads are taken off
-DRAWS = 2000
+DRAWS = 2000  # of the bootstrap
 JUDGED = 32  # rows at a time where the batch does not matter
 
 

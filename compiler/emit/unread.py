@@ -32,7 +32,6 @@ EVERY: Step = (1, 1)
 _STRIDE, _PADDING, _TRANSPOSED = 3, 4, 6  # positions of a convolution's arguments
 _NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
 _BY_PIXEL = (
-    *_NORMS,
     aten.add.Tensor,
     aten.sub.Tensor,
     aten.mul.Tensor,
