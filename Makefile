@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test lint types layers unit test-slow bench zoo clean
+.PHONY: demo test lint types layers unit test-slow bench zoo wheels clean
 
 # torch is pinned for the development environment only: a version with a small CPU build. The package itself
 # accepts any torch from 2.7.
@@ -30,6 +30,7 @@ types: $(STAMP)
 	for room in compiler passes runtime; do ln -sfn ../../../$$room build/types/offramp/$$room; done
 	MYPYPATH=build/types $(BIN)/mypy -p offramp
 	MYPYPATH=build/types $(BIN)/mypy benchmarks
+	$(BIN)/mypy .ci/wheels.py
 
 layers: $(STAMP)
 	$(BIN)/lint-imports
@@ -59,6 +60,10 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.cache_trace
 
+# What is published: offramp, offramp-compile, offramp-serve.
+wheels: $(STAMP)
+	$(BIN)/python .ci/wheels.py dist
+
 # Hundreds of models with random weights: its own environment, for it needs torchvision and timm, and hours. Stopped,
 # it goes on where it was; docs/zoo.md is written of what is done.
 ZOO = build/zoo-env
@@ -73,4 +78,4 @@ zoo: build/zoo-env/.installed
 	OMP_NUM_THREADS=1 $(ZOO)/bin/python -m benchmarks.zoo
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo-artifact demo-artifact.npz
+	rm -rf $(VENV) build dist *.egg-info demo-artifact demo-artifact.npz

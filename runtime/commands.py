@@ -197,13 +197,25 @@ def _report(arrays: dict[str, np.ndarray], labels: np.ndarray | None, exits: int
 
 
 def _progress(steps: Iterator[Any], total: int) -> Iterator[Any]:
-    """A bar on stderr for what takes longer than two seconds, where tqdm is installed."""
+    """On a terminal's stderr, for what takes longer than two seconds: a bar where tqdm is installed, else lines."""
+    if not sys.stderr.isatty():
+        return steps
     try:
         from tqdm import tqdm
     except ImportError:
-        return steps
-    bar: Iterator[Any] = tqdm(steps, total=total, unit="batch", delay=2, leave=False, disable=not sys.stderr.isatty())
+        return _told(steps, total)
+    bar: Iterator[Any] = tqdm(steps, total=total, unit="batch", delay=2, leave=False)
     return bar
+
+
+def _told(steps: Iterator[Any], total: int, every: float = 2) -> Iterator[Any]:
+    """The same steps; a line as soon as so many seconds have passed since the one before."""
+    last = time.monotonic()
+    for done, step in enumerate(steps):
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            sys.stderr.write(f"{done:,} of {total:,} batches\n")
+        yield step
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 from browsing import browser  # noqa: F401  # a fixture
 from hypothesis import settings
 from models import QUICK, Compiled
+from wheels import built  # noqa: F401  # a fixture
 
 from offramp.compiler import compile
 from offramp.compiler.demo import Digits, train_digits

@@ -46,7 +46,7 @@ def test_the_blocks_are_those_the_benchmarks_wrote(name: str) -> None:
     assert block(name) == getattr(benchmark, writer)(told.get("results", told))
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "bench"])
+@pytest.mark.parametrize("target", ["demo", "test", "bench", "wheels"])
 def test_every_make_target_the_readme_names_exists(target: str) -> None:
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     assert f"make {target}" in README

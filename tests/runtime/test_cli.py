@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +74,22 @@ def test_run_writes_the_session_s_answers(
     for index, count in enumerate(np.bincount(answers.exits, minlength=3)):
         assert f"  exit {index}  {count:>9,} rows" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.npz", "data.npz"]
+
+
+def test_run_tells_how_far_it_is_without_tqdm(
+    tiny: Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(seconds), perf_counter=time.perf_counter)
+    monkeypatch.setattr("offramp.runtime.commands.time", clock)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    words = ["run", str(tiny.path), "--data", str(data), "-o", str(tmp_path / "answers.npz"), "--batch", "10"]
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""  # into a file nothing is told
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(words) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["1 of 7 batches", "3 of 7 batches", "5 of 7 batches"]
 
 
 def test_run_writes_the_name_it_was_given(tiny: Tiny, data: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 import subprocess
 import sys
 import types
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from models import Compiled
 from tiny import Tiny, batch, reference
+from wheels import install
 
 import offramp.runtime
 from offramp.runtime import InputError, ProviderError, load
@@ -96,8 +96,8 @@ print(*answers.exits)
 """
 
 
-def test_numpy_and_onnxruntime_are_enough(tiny: Tiny, compiled: Compiled, tmp_path: Path) -> None:
-    """A virtual environment of its own, with the packages of this one linked: no network is needed."""
+def test_numpy_and_onnxruntime_are_enough(tiny: Tiny, compiled: Compiled, wheels: Path, tmp_path: Path) -> None:
+    """A virtual environment of its own, with the packages of this one linked and what `offramp[cpu]` installs."""
     venv.create(tmp_path / "env", symlinks=True, with_pip=False)
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
     for distribution in ("numpy", "onnxruntime"):
@@ -105,8 +105,7 @@ def test_numpy_and_onnxruntime_are_enough(tiny: Tiny, compiled: Compiled, tmp_pa
         assert files is not None
         for name in {file.parts[0] for file in files if file.parts[0] != ".."}:
             (site / name).symlink_to(Path(str(importlib.metadata.distribution(distribution).locate_file(name))))
-    source = Path(offramp.runtime.__file__).resolve().parent
-    shutil.copytree(source, site / "offramp" / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    install(site, wheels, "offramp")
     arrays: dict[str, Any] = {**batch(50)}
     np.savez(tmp_path / "data.npz", **arrays)
     interpreter = str(tmp_path / "env" / "bin" / "python")
