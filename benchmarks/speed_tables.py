@@ -16,7 +16,7 @@ from offramp.runtime.table import percent
 
 FIGURE = Path(__file__).parents[1] / "docs" / "speed.svg"
 TITLES = {
-    "plain": "plain", "rewritten": "plain, rewritten", "segments": "segments", "by_flops": "by FLOPs",
+    "plain": "plain", "rewritten": "rewritten", "segments": "segments", "by_flops": "by FLOPs",
     "single_file": "single file", "torchscript": "TorchScript", "ideal": "ideal", "no_exit": "no exit",
     "none_leaves": "none leaves", "heads_alone": "heads alone", "eager": "eager PyTorch", "earlyon": "earlyon",
     "wider": "segments at 2 %", "earlyon_wider": "earlyon at 2 %", "smaller": "smaller model",
@@ -83,17 +83,30 @@ def answer_table(results: Sequence[Mapping[str, Any]]) -> str:
     """What the variants answer on the test rows; those that answer alike share a line."""
     rows = []
     for result in results:
-        given = [(TITLES[name], seen) for name, seen in result["answers"].items()]
+        given = [(TITLES[name], None, seen) for name, seen in result["answers"].items()]
         for one in result["batches"]:
             seen = one["variants"].items()
-            given += [(f"{TITLES[k]} at batch {one['batch']}", v) for k, v in seen if "disagreement" in v]
-        alike: dict[tuple[str, ...], list[str]] = {}
-        for name, seen in given:
+            given += [(TITLES[name], one["batch"], v) for name, v in seen if "disagreement" in v]
+        alike: dict[tuple[str, ...], dict[str, list[int]]] = {}
+        for name, batch, seen in given:
             shares = " / ".join(percent(share) for share in seen["exit_shares"])
             cells = (percent(seen["disagreement"], 2), f"{seen['accuracy_change'] * 100:.2f}", shares)
-            alike.setdefault(cells, []).append(name)
-        rows += [[f"{title(result)}: {', '.join(names)}", *cells] for cells, names in alike.items()]
+            alike.setdefault(cells, {}).setdefault(name, []).extend([] if batch is None else [batch])
+        sizes = [one["batch"] for one in result["batches"]]
+        for told, who in alike.items():
+            names = ", ".join(f"{name}{_at(batches, sizes)}" for name, batches in who.items())
+            rows.append([f"{title(result)}: {names}", *told])
     return markdown(("task: answered by", "disagreement", "accuracy, points", "leave at each exit"), rows)
+
+
+def _at(batches: Sequence[int], sizes: Sequence[int]) -> str:
+    """Some of the batch sizes, as words; those side by side as a range."""
+    if not batches:
+        return ""
+    first = sizes.index(batches[0])
+    if len(batches) > 2 and [*batches] == [*sizes[first : first + len(batches)]]:
+        return f" at batch {batches[0]} to {batches[-1]}"
+    return f" at batch {' and '.join(map(str, batches))}"
 
 
 def memory_table(results: Sequence[Mapping[str, Any]]) -> str:
