@@ -1,7 +1,7 @@
 """How long an artifact takes in each of its forms, against the plain backbone and whatever else a person could run.
 
     python -m benchmarks.speed [--tasks resnet20 resnet56 sst2 resnet50] [--batches 1 2 4 8 16 32 64 128]
-        [--kind searched] [--epochs 30] [--earlyon DIR] [--own-pools] [--add]
+        [--kind searched] [--epochs 30] [--earlyon DIR] [--lite DIR] [--own-pools] [--add | --smaller]
 
     plain        the backbone in ONNX Runtime: what all others are divided by
     rewritten    the same, without exits, written for ONNX Runtime as our stages are: no early exit's merit
@@ -16,7 +16,7 @@
     eager        the backbone in PyTorch
     earlyon      see `benchmarks.speed_rivals`; DIR is what `pip install --no-deps --target DIR earlyon==0.3.0` filled
     at 2 %       segments at that tolerance instead, and earlyon asked for as much loss
-    smaller      ResNet-20 in ONNX Runtime in place of ResNet-56
+    smaller      another model in ONNX Runtime in the backbone's place, see `benchmarks.smaller`, which says what DIR is
 
 Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exits chosen for speed: by `--cost time
 --cost-batch 1`, on this machine. All variants run in one process with the same number of threads; all ONNX Runtime
@@ -32,7 +32,8 @@ memory is that of a fresh process which loads one form and answers batches of 32
 "weights beside" is `model.onnx` saved again by `onnx.save_model(..., save_as_external_data=True)`, in a plain session.
 Writes benchmarks/results/speed.json after each batch size, keeping tasks that are not asked for, the README's tables
 and docs/speed.svg. With --add the artifacts that the last run compiled are taken up, and only the batch sizes asked for
-are timed, beside or in place of those it timed.
+are timed, beside or in place of those it timed; with --smaller the smaller models alone, beside plain, in rounds of
+their own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cifar10_resnet import backbone_of
+from benchmarks.smaller import NAMES, smaller
 from benchmarks.speed_memory import memory
 from benchmarks.speed_rivals import PROVIDERS, Answered, Batch, Variant, called, eager, earlyon, in_onnxruntime
+from benchmarks.speed_rounds import timed
 from benchmarks.speed_tables import plot, tables, title
 from benchmarks.tables import log, replace_block
 from benchmarks.tasks import TASKS, Task
@@ -68,21 +70,9 @@ from offramp.runtime.artifact import Artifact, open_artifact
 from offramp.runtime.engine import ModelBytes
 from offramp.runtime.execution import ASK, CONFIDENCE, PROBABILITIES
 
-Opened = Callable[[], dict[str, Variant]]
-
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 RIVALLED = ("resnet20", "resnet56", "resnet56_long")  # by earlyon
-SMALLER = {"resnet56": "resnet20", "resnet56_long": "resnet20"}
-TOGETHER, WARM = 10, 2  # rounds with the same sessions, and those before them that are not counted
-REST = 0.01  # seconds; PyTorch's threads wait for more work as long, on the cores of whoever comes next
-WARM_ROWS = 8  # that each answers before its time is taken, for its weights and threads to be at hand
-SECONDS = 0.05  # of the plain backbone in a round, or more for so many calls, or one call
-CALLS, MORE_SECONDS = 4, 0.3
-LONG, LONGEST = 120, 360  # seconds of rounds: before we ask whether they are enough, and at most
-MORE_ROUNDS = 10  # at most so many times the least
 WIDER = 0.02  # a tolerance, beside earlyon
-WANTED, SURE = 1.02, 0.01  # of the plain backbone's time, when nothing leaves and heads are taken off
-DRAWS = 2000  # of the bootstrap
 JUDGED = 32  # rows at a time where the batch does not matter
 
 
@@ -137,13 +127,14 @@ def ours(
     }
 
 
-def without_exits(name: str, ready: Ready) -> dict[str, ModelBytes]:
+def without_exits(name: str, ready: Ready, lite: Path | None) -> dict[str, ModelBytes]:
     """The plain backbone as exported, the same rewritten as stages are, and the smaller one where there is one."""
     assert ready.plain is not None
     models = {"plain": ready.plain, "rewritten": backbone_model(ready.backbone, blocks=True)}
-    if name in SMALLER:
-        example = tensors(ready.rows, ready.splits.test[:8])
-        models["smaller"] = backbone_model(capture(backbone_of(SMALLER[name]), example, name=SMALLER[name]))
+    if (model := smaller(name, lite)) is not None:
+        models["smaller"] = backbone_model(capture(model, tensors(ready.rows, ready.splits.test[:8]), name=NAMES[name]))
+    elif name in NAMES:
+        log(f"{name}: the smaller model is left out; it needs --lite DIR")
     return models
 
 
@@ -194,100 +185,13 @@ def judged(variant: Variant, ready: Ready, batch: int, truth: np.ndarray) -> dic
     }
 
 
-def timed(opened: Opened, ready: Ready, batch: int, rounds: int, seed: int) -> dict[str, Any]:
-    """All variants at one batch size: milliseconds per row and ratios to plain, medians and quartiles over rounds."""
-    generator, test = np.random.default_rng([seed, batch]), ready.splits.test
-
-    def draw(calls: int) -> list[Batch]:
-        picked = [generator.choice(test, batch, replace=len(test) < batch) for _ in range(calls)]
-        return [dict(ready.rows.take(rows)) for rows in picked]
-
-    calls = _calls(opened()["plain"], draw(3))
-    told = _rounds(opened, lambda: draw(calls), rounds)
-    of = _by_variant(told)
-    variants = {
-        name: {**_spread("ms", taken * 1e3 / (calls * batch)), **_spread("ratio", taken / of["plain"])}
-        for name, taken in of.items()
-    }
-    limits = {name: ("over_ideal", of[name] / of["ideal"]) for name in ("segments", "single_file")}
-    for name, (key, values) in {**limits, "none_leaves": ("beyond_heads", _beyond_heads(of))}.items():
-        variants[name] |= {**_spread(key, values), f"{key}_error": error(values)}
-    return {"batch": batch, "calls": calls, "rounds": len(told), "variants": variants}
-
-
-def _calls(plain: Variant, some: Sequence[Batch]) -> int:
-    """In a round."""
-    plain.seconds(some)
-    each = plain.seconds(some) / len(some)
-    return int(np.clip(SECONDS / each, max(1, min(CALLS, MORE_SECONDS / each)), 256))
-
-
-def _rounds(opened: Opened, draw: Callable[[], list[Batch]], rounds: int) -> list[dict[str, float]]:
-    """Seconds of each variant, round by round: at least so many, and more until what nobody's leaving costs is sure."""
-    start, told = time.monotonic(), list[dict[str, float]]()
-    while True:
-        told += _rounds_of(opened(), draw, len(told))
-        spent = time.monotonic() - start
-        sure = spent > LONG and _is_sure(_beyond_heads(_by_variant(told)))
-        if len(told) >= rounds and (sure or spent > LONGEST or len(told) >= rounds * MORE_ROUNDS):
-            return told
-
-
-def _rounds_of(variants: Mapping[str, Variant], draw: Callable[[], list[Batch]], first: int) -> list[dict[str, float]]:
-    """The same of some that were opened together, the `first` round and those after it."""
-    told, names = [], list(variants)
-    for index in range(first - WARM, first + TOGETHER):
-        work = draw()
-        few = [{name: values[:WARM_ROWS] for name, values in work[0].items()}]
-        seconds = {}
-        turned = names[index % len(names) :] + names[: index % len(names)]
-        for name in turned if index % 2 else reversed(turned):
-            time.sleep(REST)
-            variants[name].seconds(few)
-            seconds[name] = variants[name].seconds(work)
-        told.append(seconds)
-    return told[WARM:]
-
-
-def _by_variant(told: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
-    return {name: np.array([seconds[name] for seconds in told]) for name in told[0]}
-
-
-def _beyond_heads(of: Mapping[str, np.ndarray]) -> np.ndarray:
-    """What a batch that nothing leaves takes less the heads, over the plain backbone, round by round."""
-    beyond: np.ndarray = (of["none_leaves"] - of["heads_alone"]) / of["plain"]
-    return beyond
-
-
-def _is_sure(beyond: np.ndarray) -> bool:
-    """Whether we know of what is wanted below `WANTED` that it is, that it is not, or what it is to `SURE`."""
-    unsure = error(beyond)
-    return unsure <= SURE or abs(float(np.median(beyond)) - WANTED) > unsure
-
-
-def error(values: np.ndarray) -> float:
-    """Half of what holds 95 % of the medians, were other sessions drawn: rounds of the same sessions are no new ones.
-
-    The bootstrap over those that were opened together [Efron 1979, "Bootstrap methods: another look at the jackknife"].
-    """
-    opened = values.reshape(-1, TOGETHER)
-    drawn = np.random.default_rng(0).integers(len(opened), size=(DRAWS, len(opened)))
-    low, high = np.quantile(np.median(opened[drawn].reshape(DRAWS, -1), axis=1), (0.025, 0.975))
-    return float(high - low) / 2
-
-
-def _spread(name: str, values: np.ndarray) -> dict[str, Any]:
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-    return {name: middle, f"{name}_quartiles": [low, high]}
-
-
 def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """One task: compile, judge, time; its result after every batch size. `before` are results by their titles."""
     task = TASKS[name](args.seed)
     ready, artifact, by_flops = compiled(task, args)
     manifest = artifact.manifest
     rivalled = name in RIVALLED and args.earlyon is not None and len(manifest.exits) > 1
-    opened = functools.partial(ours, without_exits(name, ready), artifact, by_flops, args.threads, rivalled)
+    opened = functools.partial(ours, without_exits(name, ready, args.lite), artifact, by_flops, args.threads, rivalled)
     variants = opened()
     truth, _ = answered(variants["plain"], ready, JUDGED)
     told: dict[str, Any] = {
@@ -324,6 +228,34 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
         yield {**told, "batches": [sizes[size] for size in sorted(sizes)]}
 
 
+def with_smaller(
+    name: str, args: argparse.Namespace, before: Mapping[str, Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The task's result before, with the smaller model timed beside plain alone; again after every batch size."""
+    kept = before.get(title({"task": name, "threads": args.threads, "own_pools": args.own_pools}))
+    if kept is None:
+        raise SystemExit(f"{name}: no result to put the smaller model into; leave --smaller out")
+    task = TASKS[name](args.seed)
+    ready = made_ready(task, options_of(task, args.kind, args.epochs, seed=args.seed, threads=args.threads))
+    models = without_exits(name, ready, args.lite)
+    if "smaller" not in models:
+        raise SystemExit(f"{name}: there is no smaller model, or no --lite DIR to read it from")
+
+    def opened() -> dict[str, Variant]:
+        return {key: in_onnxruntime(models[key], key, args.threads) for key in ("plain", "smaller")}
+
+    variants = opened()
+    truth, _ = answered(variants["plain"], ready, JUDGED)
+    seen = judged(variants["smaller"], ready, JUDGED, truth)
+    told = {**kept, "answers": {**kept["answers"], "smaller": seen}}
+    for one in told["batches"]:
+        if one["batch"] in args.batches:
+            log(f"{name}, smaller, batch {one['batch']}")
+            found = timed(opened, ready, one["batch"], args.rounds, args.seed)
+            one["variants"]["smaller"] = {**found["variants"]["smaller"], "rounds": found["rounds"]}
+            yield told
+
+
 def _same(told: Mapping[str, Any], before: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """The result before, if it is of the same artifact under the same conditions."""
     if before is None:
@@ -343,8 +275,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=Training.epochs, help="that the heads were trained for")
     parser.add_argument("--earlyon", type=Path, metavar="DIR", help="where earlyon is installed")
     parser.add_argument("--earlyon-epochs", type=int, default=Training.epochs)
+    parser.add_argument("--lite", type=Path, metavar="DIR", help="where EfficientNet-Lite is installed")
     parser.add_argument("--own-pools", action="store_true", help="leave every session a pool of threads of its own")
-    parser.add_argument("--add", action="store_true", help="time these batch sizes beside those of the result before")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--add", action="store_true", help="time these batch sizes beside those of the result before")
+    again.add_argument("--smaller", action="store_true", help="time the smaller model alone, for the result before")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -354,7 +289,7 @@ def main() -> None:
     if not args.own_pools:
         share_threads(args.threads)
     for name in args.tasks:
-        for told in measured(name, args, results):
+        for told in (with_smaller if args.smaller else measured)(name, args, results):
             results[title(told)] = told
             write(results.values())
 

@@ -55,8 +55,8 @@ def time_table(results: Sequence[Mapping[str, Any]]) -> str:
 def limits_table(results: Sequence[Mapping[str, Any]]) -> str:
     """What the executors take beyond the stages' own time and the heads', at every batch.
 
-    With what the rounds can tell at 95 %, see `speed.error`. Results from before there was that hold what tells two
-    medians apart: 1.57 times the range between the quartiles over the root of the rounds [McGill, Tukey and Larsen
+    With what the rounds can tell at 95 %, see `speed_rounds.error`. Results from before there was that hold what tells
+    two medians apart: 1.57 times the range between the quartiles over the root of the rounds [McGill, Tukey and Larsen
     1978, "Variations of box plots"].
     """
     sizes = sorted({one["batch"] for result in results for one in result["batches"]})
