@@ -27,7 +27,7 @@ LIMITS = {  # what the executors themselves cost: of whom, by what name, as a qu
     "single file over the ideal": ("single_file", "over_ideal"),
     "none leaves, beyond the heads": ("none_leaves", "beyond_heads"),
 }
-PANELS = 4  # in a row of the plot
+PANELS = 3  # in a row of the plot
 MEMORY_BATCH = 32  # rows at a time, where peak memory is taken
 
 
@@ -137,7 +137,8 @@ def plot(results: Sequence[Mapping[str, Any]]) -> None:
     for axes in panels.flat[len(results) :]:
         axes.set_visible(False)
     shown = [item for item in TITLES.items() if item[0] not in ("plain", "heads_alone", "wider", "earlyon_wider")]
-    colours, lines = plt.get_cmap("Paired"), dict[str, Any]()
+    paired, lines = plt.get_cmap("Paired"), dict[str, Any]()
+    colours = [paired(index) for index in (*range(10), 11)]  # the one left out is a pale yellow
     for axes, result in zip(panels.flat, results, strict=False):
         axes.axhline(1, color="grey", linewidth=0.8)
         for index, (name, label) in enumerate(shown):
@@ -146,9 +147,9 @@ def plot(results: Sequence[Mapping[str, Any]]) -> None:
                 continue
             sizes, seen = [size for size, _ in points], [values for _, values in points]
             style = "--" if name == "ideal" else "-"
-            (lines[label],) = axes.plot(sizes, [v["ratio"] for v in seen], style, marker=".", color=colours(index))
+            (lines[label],) = axes.plot(sizes, [v["ratio"] for v in seen], style, marker=".", color=colours[index])
             axes.fill_between(
-                sizes, *zip(*(v["ratio_quartiles"] for v in seen), strict=True), color=colours(index), alpha=0.2
+                sizes, *zip(*(v["ratio_quartiles"] for v in seen), strict=True), color=colours[index], alpha=0.2
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
