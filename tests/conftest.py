@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from browsing import browser  # noqa: F401  # a fixture
 from hypothesis import settings
 from models import QUICK, Compiled
-from wheels import built  # noqa: F401  # a fixture
 
+from benchmarks.wheels import build
 from offramp.compiler import compile
 from offramp.compiler.demo import Digits, train_digits
 from offramp.passes import observed, verified
@@ -36,3 +37,11 @@ def compiled(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Compil
     out = tmp_path_factory.mktemp("compiled") / "artifact"
     manifest = compile(digits.model, digits.images, out, labels=digits.labels, options=QUICK)
     return Compiled(out, manifest, digits)
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the published ones are in."""
+    out = tmp_path_factory.mktemp("wheels")
+    build(out)
+    return out

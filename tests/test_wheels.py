@@ -14,7 +14,8 @@ from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
-from wheels import install
+
+from benchmarks.wheels import install, needs
 
 HOUSE = Path(__file__).parents[1]
 PROJECT = tomllib.loads((HOUSE / "pyproject.toml").read_text())
@@ -31,12 +32,6 @@ def contents(wheels: Path) -> dict[str, set[str]]:
 
 def installed(site: Path) -> dict[str, Distribution]:
     return {found.name: found for found in importlib.metadata.distributions(path=[str(site)])}
-
-
-def needs(distribution: Distribution, extra: str) -> set[Requirement]:
-    """What it asks for with an extra, or with none, ""."""
-    all_needs = map(Requirement, distribution.requires or [])
-    return {need for need in all_needs if need.marker is None or need.marker.evaluate({"extra": extra})}
 
 
 def test_every_file_is_in_one_wheel(wheels: Path) -> None:

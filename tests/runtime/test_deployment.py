@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from models import Compiled
 from tiny import Tiny, batch, reference
-from wheels import install
 
 import offramp.runtime
+from benchmarks.wheels import install
 from offramp.runtime import InputError, ProviderError, load
 from offramp.runtime.engine import EngineSession
 
