@@ -17,6 +17,7 @@
     earlyon      see `benchmarks.speed_rivals`; DIR is what `pip install --no-deps --target DIR earlyon==0.3.0` filled
     at 2 %       segments at that tolerance instead, and earlyon asked for as much loss
     smaller      another model in ONNX Runtime in the backbone's place, see `benchmarks.smaller`, which says what DIR is
+    cut short    the backbone ended, for all rows, at the first place whose head is right nearly as often; see there too
 
 Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exits chosen for speed: by `--cost time
 --cost-batch 1`, on this machine. All variants run in one process with the same number of threads; all ONNX Runtime
@@ -52,7 +53,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.smaller import NAMES, smaller
+from benchmarks.smaller import smaller_models
 from benchmarks.speed_memory import memory
 from benchmarks.speed_rivals import PROVIDERS, Answered, Batch, Variant, called, eager, earlyon, in_onnxruntime
 from benchmarks.speed_rounds import timed
@@ -60,11 +61,10 @@ from benchmarks.speed_tables import plot, tables, title
 from benchmarks.tables import log, replace_block
 from benchmarks.tasks import TASKS, Task
 from benchmarks.trained import KINDS, WORK, heads_of, made_ready, options_of
-from offramp.compiler import ALL_TARGETS, Ready, Training, capture, finish
+from offramp.compiler import ALL_TARGETS, Head, Options, Ready, Training, finish
 from offramp.compiler.costs import FLOPS, TIME
 from offramp.compiler.emit import SCRIPT, SEGMENTS, backbone_model
 from offramp.compiler.measure import Bench, machine, versions
-from offramp.compiler.stream import tensors
 from offramp.runtime import Answers, load, share_threads
 from offramp.runtime.artifact import Artifact, open_artifact
 from offramp.runtime.engine import ModelBytes
@@ -76,19 +76,19 @@ WIDER = 0.02  # a tolerance, beside earlyon
 JUDGED = 32  # rows at a time where the batch does not matter
 
 
-def compiled(task: Task, args: argparse.Namespace) -> tuple[Ready, Artifact, Artifact]:
-    """The task's artifact in all forms, and one chosen by FLOPs; heads trained before are taken up."""
+def compiled(task: Task, args: argparse.Namespace) -> tuple[Ready, tuple[Head, ...], Artifact, Artifact]:
+    """The task's heads, taken up where they were trained before; its artifact in all forms, and one chosen by FLOPs."""
     options = options_of(
         task, args.kind, args.epochs, seed=args.seed, threads=args.threads, targets=ALL_TARGETS, rounds=1, cost=TIME
     )
     ready = made_ready(task, options)
     out = WORK / f"speed-{task.name}-{args.kind}"
     by_flops = out.with_name(f"{out.name}-flops")
+    heads = heads_of(task, ready, options, args.kind)
     if not args.add:
-        heads = heads_of(task, ready, options, args.kind)
         finish(ready, heads, out, options, log)
         finish(ready, heads, by_flops, replace(options, cost=FLOPS, targets=(SEGMENTS,)), log)
-    return ready, open_artifact(out), open_artifact(by_flops)
+    return ready, heads, open_artifact(out), open_artifact(by_flops)
 
 
 def ours(
@@ -125,17 +125,6 @@ def ours(
         "none_leaves": called(lambda batch: bench.session.run(batch, thresholds=asked), read),
         "heads_alone": Variant(lambda work: sum(heads_alone(bench, batch) for batch in work)),
     }
-
-
-def without_exits(name: str, ready: Ready, lite: Path | None) -> dict[str, ModelBytes]:
-    """The plain backbone as exported, the same rewritten as stages are, and the smaller one where there is one."""
-    assert ready.plain is not None
-    models = {"plain": ready.plain, "rewritten": backbone_model(ready.backbone, blocks=True)}
-    if (model := smaller(name, lite)) is not None:
-        models["smaller"] = backbone_model(capture(model, tensors(ready.rows, ready.splits.test[:8]), name=NAMES[name]))
-    elif name in NAMES:
-        log(f"{name}: the smaller model is left out; it needs --lite DIR")
-    return models
 
 
 def heads_alone(bench: Bench, batch: Batch) -> float:
@@ -188,10 +177,14 @@ def judged(variant: Variant, ready: Ready, batch: int, truth: np.ndarray) -> dic
 def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """One task: compile, judge, time; its result after every batch size. `before` are results by their titles."""
     task = TASKS[name](args.seed)
-    ready, artifact, by_flops = compiled(task, args)
+    ready, heads, artifact, by_flops = compiled(task, args)
     manifest = artifact.manifest
     rivalled = name in RIVALLED and args.earlyon is not None and len(manifest.exits) > 1
-    opened = functools.partial(ours, without_exits(name, ready, args.lite), artifact, by_flops, args.threads, rivalled)
+    smaller = smaller_models(name, ready, heads, Options.tolerance, args.lite)
+    assert ready.plain is not None
+    rewritten = backbone_model(ready.backbone, blocks=True)
+    models = {"plain": ready.plain, "rewritten": rewritten, **{key: one.model for key, one in smaller.items()}}
+    opened = functools.partial(ours, models, artifact, by_flops, args.threads, rivalled)
     variants = opened()
     truth, _ = answered(variants["plain"], ready, JUDGED)
     told: dict[str, Any] = {
@@ -217,6 +210,7 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     answers: Mapping[str, Any] = {} if kept is None else kept["answers"]
     new = {key: judged(variant, ready, JUDGED, truth) for key, variant in alone.items() if key not in answers}
     told["answers"] = {**answers, **new}
+    told["smaller"] = {key: one.what for key, one in smaller.items()}
     told["memory"] = memory(ready, artifact, args.threads) if kept is None else kept["memory"]
     del variants  # their sessions
     sizes = {one["batch"]: one for one in kept["batches"]} if kept is not None else {}
@@ -232,30 +226,32 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
 def with_smaller(
     name: str, args: argparse.Namespace, before: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """The task's result before, with the smaller model timed beside plain alone; again after every batch size."""
+    """The task's result before, with smaller models timed beside plain alone; again after every batch size."""
     under = {
         "task": name, "kind": args.kind, "own_pools": args.own_pools, "machine": machine(), "versions": versions(),
         "seed": args.seed, "threads": args.threads,
     }  # fmt: skip
     kept = _same(under, before.get(title(under)))
     task = TASKS[name](args.seed)
-    ready = made_ready(task, options_of(task, args.kind, args.epochs, seed=args.seed, threads=args.threads))
-    models = without_exits(name, ready, args.lite)
-    if "smaller" not in models:
-        raise SystemExit(f"{name}: there is no smaller model, or no --lite DIR to read it from")
+    options = options_of(task, args.kind, args.epochs, seed=args.seed, threads=args.threads)
+    ready = made_ready(task, options)
+    smaller = smaller_models(name, ready, heads_of(task, ready, options, args.kind), Options.tolerance, args.lite)
+    assert ready.plain is not None
+    models = {"plain": ready.plain, **{key: one.model for key, one in smaller.items()}}
 
     def opened() -> dict[str, Variant]:
-        return {key: in_onnxruntime(models[key], key, args.threads) for key in ("plain", "smaller")}
+        return {key: in_onnxruntime(model, key, args.threads) for key, model in models.items()}
 
     variants = opened()
     truth, _ = answered(variants["plain"], ready, JUDGED)
-    seen = judged(variants["smaller"], ready, JUDGED, truth)
-    told = {**kept, "answers": {**kept["answers"], "smaller": seen}}
-    for one in told["batches"]:
+    seen = {key: judged(variants[key], ready, JUDGED, truth) for key in smaller}
+    what = {key: one.what for key, one in smaller.items()}
+    told = {**kept, "smaller": kept.get("smaller", {}) | what, "answers": kept["answers"] | seen}
+    for one in told["batches"] if smaller else []:
         if one["batch"] in args.batches:
-            log(f"{name}, smaller, batch {one['batch']}")
+            log(f"{name}, {' and '.join(smaller)}, batch {one['batch']}")
             found = timed(opened, ready, one["batch"], args.rounds, args.seed)
-            one["variants"]["smaller"] = {**found["variants"]["smaller"], "rounds": found["rounds"]}
+            one["variants"] |= {key: {**found["variants"][key], "rounds": found["rounds"]} for key in smaller}
             yield told
 
 
@@ -284,7 +280,7 @@ def main() -> None:
     parser.add_argument("--own-pools", action="store_true", help="leave every session a pool of threads of its own")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--add", action="store_true", help="time these batch sizes beside those of the result before")
-    again.add_argument("--smaller", action="store_true", help="time the smaller model alone, for the result before")
+    again.add_argument("--smaller", action="store_true", help="time the smaller models alone, for the result before")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

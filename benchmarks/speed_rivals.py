@@ -1,6 +1,6 @@
 """What `benchmarks.speed` times an artifact against, and what it needs to know of anything that it times.
 
-    plain     the backbone in ONNX Runtime; a smaller static model likewise
+    plain     the backbone in ONNX Runtime; smaller models likewise
     eager     the backbone in PyTorch under `torch.inference_mode`
     earlyon   version 0.3.0 (PyPI), the nearest peer: the same backbone, one of its heads at each of our exits
               that is at a module's end, for it hooks modules

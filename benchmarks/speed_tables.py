@@ -20,6 +20,7 @@ TITLES = {
     "single_file": "single file", "torchscript": "TorchScript", "ideal": "ideal", "no_exit": "no exit",
     "none_leaves": "none leaves", "heads_alone": "heads alone", "eager": "eager PyTorch", "earlyon": "earlyon",
     "wider": "segments at 2 %", "earlyon_wider": "earlyon at 2 %", "smaller": "smaller model",
+    "shortened": "cut short",
 }  # fmt: skip
 SHOWN = (1, 8, 32, 128)  # batches
 LIMITS = {  # what the executors themselves cost: of whom, by what name, as a quotient within a round
@@ -83,7 +84,8 @@ def answer_table(results: Sequence[Mapping[str, Any]]) -> str:
     """What the variants answer on the test rows; those that answer alike share a line."""
     rows = []
     for result in results:
-        given = [(TITLES[name], None, seen) for name, seen in result["answers"].items()]
+        what = {name: f" ({one})" for name, one in result.get("smaller", {}).items()}
+        given = [(TITLES[name] + what.get(name, ""), None, seen) for name, seen in result["answers"].items()]
         for one in result["batches"]:
             seen = one["variants"].items()
             given += [(TITLES[name], one["batch"], v) for name, v in seen if "disagreement" in v]
