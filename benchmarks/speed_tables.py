@@ -29,6 +29,7 @@ LIMITS = {  # what the executors themselves cost: of whom, by what name, as a qu
     "none leaves, beyond the heads": ("none_leaves", "beyond_heads"),
 }
 PANELS = 3  # in a row of the plot
+IDEAL = "ideal"
 MEMORY_BATCH = 32  # rows at a time, where peak memory is taken
 
 
@@ -140,19 +141,19 @@ def plot(results: Sequence[Mapping[str, Any]]) -> None:
         axes.set_visible(False)
     shown = [item for item in TITLES.items() if item[0] not in ("plain", "heads_alone", "wider", "earlyon_wider")]
     paired, lines = plt.get_cmap("Paired"), dict[str, Any]()
-    colours = [paired(index) for index in (*range(10), 11)]  # the one left out is a pale yellow
+    coloured = [name for name, _ in shown if name != IDEAL]
+    # The one left out is a pale yellow.
+    colours = dict(zip(coloured, map(paired, (*range(10), 11)), strict=True)) | {IDEAL: "black"}
     for axes, result in zip(panels.flat, results, strict=False):
         axes.axhline(1, color="grey", linewidth=0.8)
-        for index, (name, label) in enumerate(shown):
+        for name, label in shown:
             points = [(o["batch"], o["variants"][name]) for o in result["batches"] if name in o["variants"]]
             if not points:
                 continue
             sizes, seen = [size for size, _ in points], [values for _, values in points]
-            style = "--" if name == "ideal" else "-"
-            (lines[label],) = axes.plot(sizes, [v["ratio"] for v in seen], style, marker=".", color=colours[index])
-            axes.fill_between(
-                sizes, *zip(*(v["ratio_quartiles"] for v in seen), strict=True), color=colours[index], alpha=0.2
-            )
+            style, colour = "--" if name == IDEAL else "-", colours[name]
+            (lines[label],) = axes.plot(sizes, [v["ratio"] for v in seen], style, marker=".", color=colour)
+            axes.fill_between(sizes, *zip(*(v["ratio_quartiles"] for v in seen), strict=True), color=colour, alpha=0.2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks([one["batch"] for one in result["batches"]], [str(one["batch"]) for one in result["batches"]])
