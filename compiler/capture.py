@@ -16,7 +16,7 @@ an input named like an artifact's output, a batch-dependent model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from offramp.passes import Backbone, Input, normalise
 from offramp.runtime.errors import BatchDependentError, InputError, ModelError
+from offramp.runtime.manifest import ANY, Range, said
 
 from . import dimensions
 from .arguments import Call, call_for, does_not_run, input_names
@@ -38,15 +39,17 @@ from .signature import Signature
 # What an artifact's own inputs and outputs are called.
 _RESERVED = ("probabilities", "confidence", "exit", "thresholds")
 
-# Other sizes a free dimension is tried at; the data's may be the largest there is, so the smaller ones come first.
-_OTHERS: tuple[Callable[[int], int], ...] = (
-    lambda n: n - 1,
-    lambda n: n - 2,
-    lambda n: n // 2,
-    lambda n: n + 1,
-    lambda n: 2 * n,
-)
 _LONGEST = 4096  # that is tried
+# Other sizes a free dimension is tried at; the data's may be the largest there is, so the smaller ones come first.
+_OTHERS: tuple[dimensions.Size, ...] = (
+    lambda n, least, most: n - 1,
+    lambda n, least, most: n - 2,
+    lambda n, least, most: n // 2,
+    lambda n, least, most: n + 1,
+    lambda n, least, most: 2 * n,
+    lambda n, least, most: max(2, least),  # 1 often is a broadcast
+    lambda n, least, most: n if most is None or most > _LONGEST else most,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,18 +59,19 @@ class _Traced:
     module: fx.GraphModule
     position: int  # of that field among what the model returns
     batch_symbol: str
+    ranges: Mapping[str, Range]  # of the free dimensions, the batch aside, by symbol
 
     @property
     def placeholders(self) -> list[fx.Node]:
         return list(self.module.graph.find_nodes(op="placeholder"))
 
-    def free(self) -> dict[str, list[int]]:
-        """Free dimensions by input, the batch aside."""
-        found: dict[str, list[int]] = {}
+    def free(self) -> dict[str, dict[int, Range]]:
+        """Free dimensions by input, the batch aside, and their ranges."""
+        found: dict[str, dict[int, Range]] = {}
         for node in self.placeholders:
             for dimension, size in enumerate(node.meta["val"].shape):
                 if dimension and isinstance(size, torch.SymInt):
-                    found.setdefault(str(node.target), []).append(dimension)
+                    found.setdefault(str(node.target), {})[dimension] = self.ranges[str(size)]
         return found
 
 
@@ -148,21 +152,22 @@ def _trace_module(model: nn.Module, example: Mapping[str, torch.Tensor], signatu
             traced = _lifted(functional(program, title), tuple(inputs), signature, title)
             if not traced.free():
                 return traced
-            found = _at_other_sizes(model, call, traced, program)
+            found = [_agrees(model, call, traced, size) for size in _OTHERS]
             if found[0] and False not in found:
-                return traced
+                return _from_one(model, call, traced)
     program = export(model, call, asked, title)
     traced = _lifted(functional(program, title), tuple(inputs), signature, title)
-    if traced.free():
-        _check_sizes(_at_other_sizes(model, call, traced, program), traced, title)
-    return traced
+    if not traced.free():
+        return traced
+    _check_sizes([_agrees(model, call, traced, size) for size in _OTHERS], traced, title)
+    return _from_one(model, call, traced)
 
 
-def _at_other_sizes(model: nn.Module, call: Call, traced: _Traced, program: ExportedProgram) -> list[bool | None]:
-    """What `_agrees` says of other sizes; last of those where tracing found that the model does something else."""
-    beyond = dimensions.bounds(traced.placeholders, program.range_constraints)
-    ends = [lambda _, size=size: size for size in sorted(beyond) if size <= _LONGEST]
-    return [_agrees(model, call, traced, size) for size in (*_OTHERS, *ends)]
+def _from_one(model: nn.Module, call: Call, traced: _Traced) -> _Traced:
+    """The same with ranges that begin at 1, if the graph is right there: torch has all that it finds begin at 2."""
+    ranges = {symbol: (1 if least == 2 else least, most) for symbol, (least, most) in traced.ranges.items()}
+    wider = replace(traced, ranges=ranges)
+    return wider if _agrees(model, call, wider, lambda n, least, most: least) else traced
 
 
 def _check_sizes(found: Sequence[bool | None], traced: _Traced, title: str) -> None:
@@ -183,15 +188,19 @@ def _lifted(program: ExportedProgram, names: Sequence[str], signature: Signature
     tensors = [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     batch = dimensions.batch_symbol(tensors, title)
     field = find_scores(fields(program), signature.output, batch, title)
-    return _Traced(lift(program, names, field.node, title), field.position, batch)
+    ranges = dimensions.ranges(tensors, program.range_constraints)
+    return _Traced(lift(program, names, field.node, title), field.position, batch, ranges)
 
 
-def _agrees(model: nn.Module, call: Call, traced: _Traced, size: Callable[[int], int]) -> bool | None:
-    """Whether the graph answers as the model does when every free dimension of n is `size(n)`.
+def _agrees(model: nn.Module, call: Call, traced: _Traced, size: dimensions.Size) -> bool | None:
+    """Whether the graph answers as the model does when every free dimension is of that size, within its range.
 
-    None when the model itself does not run then: its lengths may have to be even, say.
+    None when the model itself does not run then, its lengths may have to be even, say; and for the data's own sizes.
     """
-    short = call.with_inputs(dimensions.resized(call.inputs(), traced.free(), size))
+    resized = dimensions.resized(call.inputs(), traced.free(), size)
+    if resized is None:
+        return None
+    short = call.with_inputs(resized)
     with quiet():
         try:
             expected = pytree.tree_leaves(short(model))[traced.position]
@@ -213,7 +222,7 @@ def _backbone(
     say: Callable[[str], None],
 ) -> Backbone:
     module = traced.module
-    inputs = dimensions.described(traced.placeholders, signature.dynamic, traced.batch_symbol, title)
+    inputs = dimensions.described(traced.placeholders, signature.dynamic, traced.batch_symbol, traced.ranges, title)
     taken = [i.name for i in inputs if i.name in _RESERVED]
     if taken:
         raise ModelError(f"{title}: an artifact has a {taken[0]!r} of its own; rename this input of the model")
@@ -230,12 +239,14 @@ def _backbone(
 def _tell(inputs: Sequence[Input], raw: torch.Tensor, kind: str, title: str, say: Callable[[str], None]) -> None:
     """What was taken for granted, in a line each."""
     free: dict[str, list[str]] = {}
+    ranges: dict[str, Range] = {}
     for given in inputs:
-        for word in given.shape[1:]:
-            if isinstance(word, str):
-                free.setdefault(word, []).append(given.name)
+        ranges |= given.ranges
+        for word in given.ranges:
+            free.setdefault(word, []).append(given.name)
     for word, names in free.items():
-        say(f"{title}: {word!r} of {', '.join(dict.fromkeys(names))} may vary from batch to batch")
+        span = "" if ranges[word] == ANY else f", {said(ranges[word])} long"
+        say(f"{title}: {word!r} of {', '.join(names)} may vary from batch to batch{span}")
     if raw.dim() == 1 or raw.shape[1] == 1:
         made = "[1 - p, p], p being it" if kind == "probabilities" else "softmax of [0, s], s being it"
         say(f"{title} gives one score per row: taken for two classes, {made}; a regression is not meant")

@@ -3,6 +3,9 @@
 Dimension 0 of every input is the batch. Token ids and masks (integers of rank 2) are tried with a free length, so
 that a model captured from padded rows also runs on shorter ones; a model that fixes the length keeps it. Anything
 else varies where a person says so.
+
+A free dimension has a range, within which the model does what was traced: a model may branch on a length, or hold as
+many positions as it was trained for.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import fx
 from offramp.passes import Input
 from offramp.passes.backbone import captured_size
 from offramp.runtime.errors import ModelError, UsageError
+from offramp.runtime.manifest import Range
 
 from .signature import BATCH
 
@@ -23,6 +27,7 @@ _UNBOUNDED = 1 << 20  # what torch says of a size that may be anything is far be
 SEQUENCE = "sequence"  # what a free length is called, unless a person says otherwise
 
 Words = Mapping[str, Mapping[int, str]]
+Size = Callable[[int, int, int | None], int]
 
 
 def asked(dynamic: Words, example: Mapping[str, torch.Tensor], title: str) -> dict[str, tuple[int, ...]]:
@@ -46,26 +51,32 @@ def tried(dynamic: Words, example: Mapping[str, torch.Tensor]) -> dict[str, tupl
     }
 
 
-def resized(
-    example: Mapping[str, torch.Tensor], free: Mapping[str, Sequence[int]], size: Callable[[int], int]
-) -> dict[str, torch.Tensor]:
-    """The same rows, `size(n)` of n long in every free dimension: cut, or begun again where they end."""
-    made = dict(example)
-    for name, dimension in ((name, dimension) for name, own in free.items() for dimension in own):
-        n = made[name].shape[dimension]
-        made[name] = made[name].index_select(dimension, torch.arange(max(1, size(n))) % n)
-    return made
-
-
-def bounds(placeholders: Sequence[fx.Node], ranges: Mapping[Any, Any]) -> set[int]:
-    """Where the ranges end that tracing found for free dimensions, the batch aside: the first sizes beyond."""
-    beyond = set()
+def ranges(placeholders: Sequence[fx.Node], constraints: Mapping[Any, Any]) -> dict[str, Range]:
+    """What torch found of the sizes that are free, the batch aside, by symbol."""
+    found: dict[str, Range] = {}
     for _, _, size in _sizes(placeholders):
-        known = ranges.get(size.node.expr) if isinstance(size, torch.SymInt) else None
-        if known is not None:
-            beyond |= {int(known.lower) - 1 if known.lower > 2 else 0}
-            beyond |= {int(known.upper) + 1 if known.upper < _UNBOUNDED else 0}
-    return beyond - {0}
+        if isinstance(size, torch.SymInt):
+            known = constraints.get(size.node.expr)
+            least, most = (1, _UNBOUNDED) if known is None else (max(1, known.lower), min(_UNBOUNDED, known.upper))
+            found[str(size)] = int(least), None if most >= _UNBOUNDED else int(most)
+    return found
+
+
+def resized(
+    example: Mapping[str, torch.Tensor], free: Mapping[str, Mapping[int, Range]], size: Size
+) -> dict[str, torch.Tensor] | None:
+    """The same rows, `size(n, least, most)` of n long in every free dimension: cut, or begun again where they end.
+
+    A size out of a dimension's range is the nearest one within. None if all are as they were.
+    """
+    made, other = dict(example), False
+    for name, dimension, (least, most) in ((name, d, span) for name, own in free.items() for d, span in own.items()):
+        n = made[name].shape[dimension]
+        wanted = max(least, size(n, least, most))
+        wanted = wanted if most is None else min(most, wanted)
+        made[name] = made[name].index_select(dimension, torch.arange(wanted) % n)
+        other = other or wanted != n
+    return made if other else None
 
 
 def batch_symbol(placeholders: Sequence[fx.Node], title: str) -> str:
@@ -85,8 +96,13 @@ def batch_symbol(placeholders: Sequence[fx.Node], title: str) -> str:
     return symbols.pop()
 
 
-def described(placeholders: Sequence[fx.Node], dynamic: Words, batch: str, title: str) -> tuple[Input, ...]:
-    """The graph's inputs with every free dimension named; refuses one that was said to be free and is not."""
+def described(
+    placeholders: Sequence[fx.Node], dynamic: Words, batch: str, ranges: Mapping[str, Range], title: str
+) -> tuple[Input, ...]:
+    """The graph's inputs with every free dimension named; refuses one that was said to be free and is not.
+
+    `ranges` are by symbol.
+    """
     words = {batch: BATCH}
     for name, dimension, size in _sizes(placeholders):
         said = dynamic.get(name, {}).get(dimension)
@@ -103,7 +119,16 @@ def described(placeholders: Sequence[fx.Node], dynamic: Words, batch: str, title
                 "give them one word"
             )
     words |= _default_words(placeholders, words)
-    return tuple(_input(node, words) for node in placeholders)
+    spans: dict[str, Range] = {}
+    for symbol, span in ranges.items():
+        if symbol != batch:
+            spans[words[symbol]] = _common(span, spans.get(words[symbol], span))
+    return tuple(_input(node, words, spans) for node in placeholders)
+
+
+def _common(one: Range, other: Range) -> Range:
+    tops = [most for _, most in (one, other) if most is not None]
+    return max(one[0], other[0]), min(tops, default=None)
 
 
 def _default_words(placeholders: Sequence[fx.Node], taken: Mapping[str, str]) -> dict[str, str]:
@@ -125,9 +150,11 @@ def _default_words(placeholders: Sequence[fx.Node], taken: Mapping[str, str]) ->
     return words
 
 
-def _input(node: fx.Node, words: Mapping[str, str]) -> Input:
+def _input(node: fx.Node, words: Mapping[str, str], spans: Mapping[str, Range]) -> Input:
     value = node.meta["val"]
-    return Input(str(node.target), value.dtype, tuple(s if isinstance(s, int) else words[str(s)] for s in value.shape))
+    shape = tuple(s if isinstance(s, int) else words[str(s)] for s in value.shape)
+    own = {word: spans[word] for word in shape if isinstance(word, str) and word in spans}
+    return Input(str(node.target), value.dtype, shape, own)
 
 
 def _sizes(placeholders: Sequence[fx.Node]) -> list[tuple[str, int, int | torch.SymInt]]:

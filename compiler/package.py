@@ -219,7 +219,9 @@ def pack(program: ExitProgram, job: Job) -> tuple[Manifest, dict[str, bytes]]:
 
 def input_specs(backbone: Backbone) -> tuple[TensorSpec, ...]:
     """The backbone's inputs as the manifest writes them."""
-    return tuple(TensorSpec(i.name, str(i.dtype).removeprefix("torch."), i.shape) for i in backbone.inputs)
+    return tuple(
+        TensorSpec(i.name, str(i.dtype).removeprefix("torch."), i.shape, dict(i.ranges)) for i in backbone.inputs
+    )
 
 
 def _records_file(job: Job) -> bytes:

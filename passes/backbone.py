@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+
+from offramp.runtime.manifest import Range
 
 SCORES = ("logits", "probabilities", "log_probabilities")
 
@@ -25,6 +28,7 @@ class Input:
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
+    ranges: Mapping[str, Range] = field(default_factory=dict)  # within which the graph is right, by dimension
 
 
 @dataclass(frozen=True)

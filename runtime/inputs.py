@@ -1,7 +1,8 @@
 """What a model accepts: arrays against `TensorSpec`s, used for batches at run time and for whole data sets; tolerances.
 
 Refused, with the input named: unknown or missing names, something that is no array, another dtype, rank or
-size, two inputs that disagree on the batch or on a named dimension, NaN or infinity (with the first bad row).
+size, one beyond a named dimension's range, two inputs that disagree on the batch or on a named dimension, NaN or
+infinity (with the first bad row).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .errors import InputError, UsageError
-from .manifest import Manifest, TensorSpec
+from .manifest import Manifest, TensorSpec, said
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -131,8 +132,17 @@ def check_arrays(arrays: Mapping[str, np.ndarray], inputs: Sequence[TensorSpec])
                 if size != expected:
                     raise InputError(_misshapen(spec, array))
             else:
+                _check_range(spec, expected, size)
                 _agree(sizes, expected, size, spec.name)
     return sizes["batch"][0]
+
+
+def _check_range(spec: TensorSpec, dimension: str, size: int) -> None:
+    span = spec.ranges.get(dimension)
+    if span is not None and not (span[0] <= size and (span[1] is None or size <= span[1])):
+        raise InputError(
+            f"input {spec.name!r} has {size} for {dimension!r}, the model takes {said(span)}; cut or pad the rows"
+        )
 
 
 def _agree(sizes: dict[str, tuple[int, str]], dimension: str, size: int, name: str) -> None:

@@ -19,16 +19,19 @@ import numbers
 import re
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from .errors import ArtifactError, UsageError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _PRECISIONS = ("fp32", "fp16", "int8")
 _DTYPE = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")
+
+Range = tuple[int, int | None]  # of sizes, from least to most; None: as long as you like
+ANY: Range = (1, None)
 
 T = TypeVar("T")
 
@@ -40,6 +43,13 @@ class TensorSpec:
     name: str
     dtype: str  # numpy's name
     shape: tuple[int | str, ...]  # a name for a dimension that may vary
+    ranges: dict[str, Range] = field(default_factory=dict)  # of these, the batch aside, within which the graph is right
+
+
+def said(span: Range) -> str:
+    """A range in words: "1 to 512"."""
+    least, most = span
+    return f"{least} or more" if most is None else f"{least} to {most}"
 
 
 @dataclass(frozen=True)
@@ -399,3 +409,6 @@ def _check_inputs(manifest: Manifest, where: str) -> None:
             raise ArtifactError(f"{where}: input dtype {spec.dtype!r} is not supported; compile the model again")
         if spec.shape[:1] != ("batch",) or any(isinstance(n, int) and n < 0 for n in spec.shape):
             raise ArtifactError(f"{where}: input shape {spec.shape} is malformed; compile the model again")
+        for name, (least, most) in spec.ranges.items():
+            if name not in spec.shape[1:] or least < 0 or (most is not None and most < least):
+                raise ArtifactError(f"{where}: input range of {name!r} is malformed; compile the model again")

@@ -17,7 +17,7 @@ from .engine import HOST, EngineSession, ModelBytes, choose_providers, device_of
 from .errors import UsageError
 from .execution import ASK, CONFIDENCE, PROBABILITIES
 from .gather import ROWS, gather_model, kind_of
-from .manifest import StageSpec, TensorSpec
+from .manifest import ANY, StageSpec, TensorSpec
 
 ROUNDS = 15
 _SECONDS = 0.01  # of one stage per round: long enough for the clock, short enough to take turns
@@ -178,8 +178,13 @@ class _Calls:
         return {**feed, ASK: np.array(ask)} if self.gated else feed
 
 
+def _free(spec: TensorSpec, dimension: str) -> int:
+    least, most = spec.ranges.get(dimension, ANY)
+    return max(least, _FREE if most is None else min(most, _FREE))
+
+
 def _zeros(spec: TensorSpec, rows: int) -> np.ndarray:
     """Valid indices and valid masks alike."""
-    shape = [rows, *(size if isinstance(size, int) else _FREE for size in spec.shape[1:])]
+    shape = [rows, *(size if isinstance(size, int) else _free(spec, size) for size in spec.shape[1:])]
     made = np.zeros(shape, spec.dtype)
     return made + np.ones((), spec.dtype) if made.dtype.kind in "iub" and "mask" in spec.name else made

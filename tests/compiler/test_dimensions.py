@@ -136,20 +136,55 @@ def test_a_length_the_model_only_sometimes_takes_is_free_on_request() -> None:
     torch.testing.assert_close(backbone.graph_module(*other.values()), model(**other))
 
 
-@pytest.mark.parametrize(("at", "above"), [(9, True), (6, True), (5, False)])
-def test_a_length_the_model_branches_on_stays_fixed(at: int, above: bool) -> None:
+@pytest.mark.parametrize(
+    ("at", "above", "span"),
+    [(9, True, (1, 9)), (6, True, (1, 6)), (5, False, (5, None)), (2, False, (2, None)), (5000, True, (1, 5000))],
+)
+def test_a_length_is_free_as_far_as_the_model_does_the_same(at: int, above: bool, span: tuple[int, int | None]) -> None:
+    said: list[str] = []
     model, example = Branches(at, above), longer(8, 6)
-    backbone = capture(model, example)
-    assert shapes(backbone) == (("ids", ("batch", 6)), ("mask", ("batch", 6)))
-    torch.testing.assert_close(backbone.graph_module(*example.values()), model(**example))
-    with pytest.raises(
-        ModelError, match="answers otherwise than itself when dimension 1 of ids, 1 of mask has another"
-    ):
-        capture(model, example, dynamic={"ids": {1: "words"}, "mask": {1: "words"}})
+    backbone = capture(model, example, say=said.append)
+    assert shapes(backbone) == FREE
+    assert [i.ranges for i in backbone.inputs] == [{"sequence": span}] * 2
+    ending = {(1, 9): "1 to 9 long", (5, None): "5 or more long"}.get(span, "long")
+    assert said[0].endswith(ending)
+    for length in (span[0], span[1] if span[1] and span[1] < 100 else 20):
+        given = longer(4, length)
+        torch.testing.assert_close(backbone.graph_module(*given.values()), model(**given))
 
 
-def test_a_branch_far_beyond_any_length_does_no_harm() -> None:
-    assert shapes(capture(Branches(5000, above=True), sentences(8))) == FREE
+def test_a_length_the_model_goes_by_otherwise_stays_fixed() -> None:
+    class Every(Attention):
+        """Its answer turns on the length in a way that no range tells."""
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids, mask).roll(ids.shape[1] % 3, 1) if ids.shape[1] % 2 == 0 else self.last.bias
+
+    model, example = Every(), longer(8, 6)
+    assert shapes(capture(model, example)) == (("ids", ("batch", 6)), ("mask", ("batch", 6)))
+    words = {"ids": {1: "words"}, "mask": {1: "words"}}
+    with pytest.raises(ModelError, match="dimension 1 of ids, 1 of mask"):
+        capture(model, example, dynamic=words)
+
+
+def test_a_saved_program_s_range_is_kept(tmp_path: Path) -> None:
+    length = Dim("length", min=4, max=9)
+    size = {0: Dim("batch"), 1: length}
+    torch.manual_seed(0)
+    program = export(Branches(9, above=True).eval(), tuple(longer(8, 6).values()), dynamic_shapes=(size, size))
+    data = {name: value.numpy() for name, value in longer(300, 6).items()}
+    manifest = compile(program, data, tmp_path / "out", options=QUICK)
+    assert [spec.ranges for spec in manifest.inputs] == [{"sequence": (4, 9)}] * 2
+    with load(tmp_path / "out") as session:
+        for length, fits in ((3, False), (4, True), (9, True), (10, False)):
+            given = {name: value.numpy() for name, value in longer(4, length).items()}
+            if fits:
+                assert len(session.run(given).classes) == 4
+            else:
+                with pytest.raises(
+                    InputError, match=f"has {length} for 'sequence', the model takes 4 to 9; cut or pad"
+                ):
+                    session.run(given)
 
 
 def test_a_length_is_fixed_on_request() -> None:

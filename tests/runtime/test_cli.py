@@ -19,6 +19,7 @@ from tiny import Tiny, batch, write_tiny
 
 from offramp.runtime import dump_manifest, load, render
 from offramp.runtime.cli import Command, main
+from offramp.runtime.manifest import FORMAT_VERSION
 
 
 @pytest.fixture
@@ -263,4 +264,4 @@ def test_the_module_is_the_command(tmp_path: Path, environment: dict[str, str]) 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"offramp: error: {path}/model.onnx: truncated, 0 bytes instead of ")
-    assert json.loads((path / "manifest.json").read_bytes())["format_version"] == 2
+    assert json.loads((path / "manifest.json").read_bytes())["format_version"] == FORMAT_VERSION

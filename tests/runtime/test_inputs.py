@@ -62,6 +62,20 @@ def test_several_inputs_are_refused(batch: Any, message: str) -> None:
         check_batch(batch, TOKENS)
 
 
+@pytest.mark.parametrize(("least", "most", "says"), [(3, 5, "3 to 5"), (3, None, "3 or more")])
+def test_a_named_dimension_has_a_range(least: int, most: int | None, says: str) -> None:
+    inputs = tuple(TensorSpec(spec.name, spec.dtype, spec.shape, {"length": (least, most)}) for spec in TOKENS)
+    for length in (0, 2, 3, 5, 6):
+        batch = {"ids": ids(2, length), "mask": ids(2, length)}
+        if least <= length and (most is None or length <= most):
+            assert check_batch(batch, inputs)[1] == 2
+        else:
+            with pytest.raises(
+                InputError, match=f"'ids' has {length} for 'length', the model takes {says}; cut or pad"
+            ):
+                check_batch(batch, inputs)
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
