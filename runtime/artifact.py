@@ -110,6 +110,8 @@ def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mappi
     if {name: file_spec(data) for name, data in files.items()} != manifest.all_files():
         raise ValueError("the manifest's files are not the files given")
     target = Path(os.path.realpath(out))
+    if not target.name:
+        raise UsageError(f"{out}: has no name that an artifact could take; choose a folder in it")
     token = secrets.token_hex(4)
     draft = target.with_name(f".{target.name}.{token}.tmp")
     retired = target.with_name(f".{target.name}.{token}.old")
@@ -161,7 +163,7 @@ def check_output(target: Path) -> None:
         return
     if not folder:
         raise UsageError(f"{target}: exists and is not an artifact directory; choose another output or remove it")
-    present = {p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir()}
+    present = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_symlink() or not p.is_dir()}
     if not present:
         return
     strangers = sorted(present - _listed_names(target / MANIFEST_NAME))
@@ -185,6 +187,7 @@ class _Directory:
         path = self.root / MANIFEST_NAME
         if not path.exists():
             raise ArtifactError(f"{self.root}: not an artifact (no {MANIFEST_NAME}); give what compile wrote")
+        _check_regular(path, path.stat())
         return _bounded(path.open("rb"), path)
 
     def size(self, name: str) -> int | None:
@@ -196,13 +199,17 @@ class _Directory:
         if not path.exists():
             return None
         entry = path.lstat()
-        # Opening a pipe would wait for ever.
-        if not stat.S_ISREG(entry.st_mode):
-            raise ArtifactError(f"{path}: is not a regular file; copy the artifact again")
+        _check_regular(path, entry)
         return entry.st_size
 
     def open(self, name: str) -> IO[bytes]:
         return (self.root / name).open("rb")
+
+
+def _check_regular(path: Path, entry: os.stat_result) -> None:
+    """Opening a pipe would wait for ever."""
+    if not stat.S_ISREG(entry.st_mode):
+        raise ArtifactError(f"{path}: is not a regular file; copy the artifact again")
 
 
 class Kept:
@@ -289,6 +296,7 @@ def _found(path: Path) -> _Directory | _Archive:
             return _Directory(path)
         if not path.exists():
             raise ArtifactError(f"{path}: does not exist; give the directory or zip that compile wrote")
+        _check_regular(path, path.stat())
         if not zipfile.is_zipfile(path):
             raise ArtifactError(f"{path}: neither a directory nor a zip archive; give what compile wrote")
         return _Archive(path)
@@ -313,6 +321,8 @@ def _explained(path: Path, files: F) -> Iterator[F]:
         raise ArtifactError(f"{path}: damaged archive ({error}); copy the artifact again") from error
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}); check it and its rights") from error
+    except ValueError as error:  # Python's and zipfile's word for a file that was closed
+        raise ArtifactError(f"{path}: let go of while it was read ({error}); open the artifact again") from error
 
 
 def _bounded(file: IO[bytes], path: Path) -> bytes:

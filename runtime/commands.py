@@ -7,6 +7,7 @@ parse, call the public functions and print; they decide nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import re
@@ -53,7 +54,7 @@ _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
 
 def byte_size(text: str) -> int:
     """An argparse type: bytes, plain or with a unit such as 2GiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?) *([A-Za-z]*)", text.strip())
     unit = _UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None or float(found[1]) * unit < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MiB or 2GiB")
@@ -62,17 +63,38 @@ def byte_size(text: str) -> int:
 
 def write_arrays(out: Path, arrays: Mapping[str, Any]) -> None:
     """Write an .npz at exactly `out`: whole or not at all."""
-    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    with arrays_at(out) as write:
+        write(arrays)
+
+
+@contextlib.contextmanager
+def arrays_at(out: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """The same in two steps: that nothing can be written there is said before the arrays are worked out."""
+    draft = out.with_name(f".offramp-{secrets.token_hex(4)}.tmp")
+
+    def write(arrays: Mapping[str, Any]) -> None:
+        with _stored(out):
+            with draft.open("wb") as file:
+                np.savez(file, **arrays)
+            draft.replace(out)
+
     try:
-        with draft.open("wb") as file:
-            np.savez(file, **arrays)
-        draft.replace(out)
+        with _stored(out):
+            draft.touch()
+        yield write
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _stored(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StorageError(
             f"{out}: could not be written ({error.strerror or error}); free space or choose another output"
         ) from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _configure_inspect(parser: argparse.ArgumentParser) -> None:
@@ -159,10 +181,13 @@ def _run(args: argparse.Namespace) -> int:
     if folder_at(out) or not folder_at(out.parent):
         raise UsageError(f"{out}: is a folder or lies in none; give a file name in a folder that exists")
     providers = args.providers.split(",") if args.providers else None
-    with load(args.artifact, providers=providers, threads=args.threads, tolerance=args.tolerance) as session:
+    with (
+        load(args.artifact, providers=providers, threads=args.threads, tolerance=args.tolerance) as session,
+        arrays_at(out) as write,
+    ):
         rows = _rows_for(session.manifest, args.data, args.preprocess, args.labels)
         arrays, seconds = _answer(session, rows, args.batch)
-        write_arrays(out, arrays)
+        write(arrays)
         _say(_report(arrays, rows.labels, session.exits, seconds))
     _say(f"answers in {out}")
     return 0

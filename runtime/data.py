@@ -219,6 +219,8 @@ def _from_callable(text: str) -> ArrayRows:
     try:
         for batch in make():
             arrays, classes = _split_batch(batch)
+            if parts and parts.keys() != arrays.keys():
+                raise InputError(f"batch {count} has {', '.join(arrays)}, the first {', '.join(parts)}; yield the same")
             count += 1
             for name, array in arrays.items():
                 parts.setdefault(name, []).append(array)
@@ -245,7 +247,14 @@ def _split_batch(batch: Any) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     else:
         named = {UNNAMED: batch}
     arrays = name_arrays(named, list(named))
-    return arrays, None if labels is None else np.asarray(labels)
+    classes = None if labels is None else np.asarray(labels)
+    counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if classes is not None:
+        counts[LABELS] = len(classes) if classes.ndim else 0
+    if len({*counts.values()}) > 1:
+        told = ", ".join(f"{count} of {name!r}" for name, count in counts.items())
+        raise InputError(f"a batch has rows that do not go together: {told}; yield as many of each")
+    return arrays, classes
 
 
 def _checked_labels(labels: Any, rows: int) -> np.ndarray:

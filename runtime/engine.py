@@ -128,6 +128,7 @@ class EngineSession:
                 binding.bind_output(name, device)
             self._session.run_with_iobinding(binding)
             values: list[Value] = binding.get_outputs()
+            binding.clear_binding_inputs()  # it lives as long as any of them, and would hold all it read
         except Exception as error:  # ONNX Runtime's errors share no other root
             raise self._failed(error) from error
         return values

@@ -117,7 +117,7 @@ class ImageRows:
 
 
 def open_images(folder: Path, preprocessing: str | None, name: str, labels: str | None) -> ImageRows:
-    """All images below `folder`, in the order of their paths."""
+    """All images below `folder`, in the order of their paths; what is hidden is left out, thumbnails for one."""
     if preprocessing is None:
         raise UsageError(
             f"{folder}: a folder of images needs its preprocessing stated; "
@@ -125,7 +125,7 @@ def open_images(folder: Path, preprocessing: str | None, name: str, labels: str 
         )
     steps = parse_preprocessing(preprocessing)
     _pillow()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if _is_image(path, folder))
     if not paths:
         raise InputError(f"{folder}: holds no image; give a folder with {', '.join(sorted(SUFFIXES))} files")
     indices: np.ndarray | None = None
@@ -143,6 +143,11 @@ def open_images(folder: Path, preprocessing: str | None, name: str, labels: str 
     return ImageRows(paths, steps, name, indices)
 
 
+def _is_image(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and path.suffix.lower() in SUFFIXES and path.is_file()
+
+
 def _pillow() -> Any:
     try:
         from PIL import Image
@@ -155,6 +160,7 @@ def _decode(path: Path, steps: Preprocessing) -> Any:
     pillow = _pillow()
     try:
         with pillow.open(path) as file:
+            _check_depth(path, file.mode)
             image = file.convert(steps.mode)
     except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be decoded ({error}); remove or replace it") from error
@@ -177,6 +183,12 @@ def _decode(path: Path, steps: Preprocessing) -> Any:
         top, left = round((height - tall) / 2), round((width - wide) / 2)
         image = image.crop((left, top, left + wide, top + tall))
     return image
+
+
+def _check_depth(path: Path, mode: str) -> None:
+    """Pillow would clip deeper pixels to 255, not scale them."""
+    if mode in ("I", "F") or mode.startswith("I;"):
+        raise InputError(f"{path}: has pixels of more than 8 bits; scale it to 8, or give its rows as an .npy")
 
 
 def _pixels(text: str) -> tuple[int, ...]:

@@ -74,7 +74,10 @@ def check_tolerance(tolerance: float | np.ndarray | None, rows: int, manifest: M
 
     None is the plan compiled for. Raises `UsageError` for what is no tolerance, or an array that is not one per row.
     """
-    given = np.asarray(tolerance)
+    try:
+        given = np.asarray(tolerance)
+    except ValueError as error:
+        raise UsageError(f"tolerance {tolerance!r:.80} is ragged; give one number, or one for each row") from error
     if tolerance is None or given.ndim == 0:
         return np.array(manifest.thresholds(None if tolerance is None else _scalar(given)), np.float32)
     if given.shape != (rows,) or given.dtype.kind not in "fiu":

@@ -395,6 +395,11 @@ def _check(manifest: Manifest, where: str) -> None:
         raise ArtifactError(
             f"{where}: tells for {len(manifest.measured.worth_dropping)} of {exits - 1} exits to compact"
         )
+    if (tuned := manifest.measured.tuned) is not None:
+        rows = len(tuned.silent_ms), len(tuned.asked_ms)
+        sizes = {len(times) for times in (*tuned.silent_ms, *tuned.asked_ms)}
+        if rows != (exits, exits) or sizes != {len(tuned.batches)} or not tuned.batches:
+            raise ArtifactError(f"{where}: the times it was tuned by are not of its stages; tune it again")
     if len(manifest.evaluation.exits) != exits:
         raise ArtifactError(f"{where}: evaluation covers {len(manifest.evaluation.exits)} of {exits} exits")
 

@@ -55,9 +55,14 @@ def find_onnxruntime() -> Any:
 
 def check_threads(threads: int | None) -> None:
     """None is ONNX Runtime's own count, the physical cores; 1 runs in the calling thread alone."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise UsageError(f"threads is {threads!r}; give a whole number from 1 up, or None for the physical cores")
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= _MOST_THREADS):
+        raise UsageError(
+            f"threads is {threads!r}; give a whole number from 1 to {_MOST_THREADS}, or None for the physical cores"
+        )
 
+
+_MOST_THREADS = 4096
 
 _shared: list[int] = []  # threads of the process's pool, once `share_threads` has made it
 _arena: list[int] = []  # bytes that the process's arena may take, 0 for any, once it was made

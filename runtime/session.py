@@ -226,9 +226,13 @@ class Session:
         except (KeyError, TypeError):
             pass  # they are new, or no thresholds at all
         try:
-            limits = np.asarray(thresholds, np.float32)
+            given = np.asarray(thresholds)
+            if given.dtype.kind not in "fiu":
+                raise TypeError(f"{given.dtype} is no number")
         except (TypeError, ValueError) as error:
-            raise UsageError(f"thresholds {thresholds!r} are not numbers; give {self.exits - 1} of them") from error
+            raise UsageError(f"thresholds {thresholds!r:.80} are not numbers; give {self.exits - 1} of them") from error
+        with np.errstate(over="ignore"):
+            limits = given.astype(np.float32)
         if limits.shape != (self.exits - 1,) or bool(np.isnan(limits).any()):
             raise UsageError(
                 f"thresholds {np.array2string(limits, threshold=8)} do not fit; "

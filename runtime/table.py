@@ -1,8 +1,9 @@
 """The table a person judges an artifact by: exits, agreement, compute and time, before and after.
 
-Plain text from a `Manifest` alone, at most 120 columns. All rates and the accuracy are on the held-out test
-rows; times are medians of what was measured when the artifact was made, on the machine it names. Where the
-time saved is less than the compute saved, every stage's share of both shows to which stages it went.
+Plain text from a `Manifest` alone, at most 120 columns where no more than three batch sizes were timed. All rates and
+the accuracy are on the held-out test rows; times are medians of what was measured when the artifact was made, on the
+machine it names. Where the time saved is less than the compute saved, every stage's share of both shows to which
+stages it went.
 """
 
 from __future__ import annotations

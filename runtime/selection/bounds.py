@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import UsageError
+
 DISAGREEMENT, REGRET = "disagreement", "regret"
 _HALVINGS = 60  # of [0, 1]: to less than a float64 can tell
 
@@ -86,5 +88,10 @@ def upper_bound(observed: float, rows: int, delta: float, kind: str = DISAGREEME
 
 
 def rows_needed(tolerance: float, delta: float) -> int:
-    """Fewest rows that can certify `tolerance` at `delta`, when none of them shows any risk."""
+    """Fewest rows that can certify `tolerance` at `delta`, when none of them shows any risk.
+
+    Raises `UsageError` for a tolerance of 0, which no number of rows certifies.
+    """
+    if not tolerance > 0:
+        raise UsageError(f"a tolerance of {tolerance} is certified by no number of rows; give more than 0")
     return math.ceil(math.log(delta) / math.log1p(-tolerance)) if tolerance < 1 else 1

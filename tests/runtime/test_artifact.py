@@ -134,6 +134,11 @@ def file_for_folder(path: Path) -> None:
     (path / "stages").write_bytes(b"")
 
 
+def manifest_is_a_pipe(path: Path) -> None:
+    no_manifest(path)
+    os.mkfifo(path / "manifest.json")
+
+
 def no_manifest(path: Path) -> None:
     (path / "manifest.json").unlink()
 
@@ -152,7 +157,8 @@ def manifest_is_a_folder(path: Path) -> None:
         (folder_for_file, "not a regular file"),
         (file_for_folder, "stages/0.onnx: missing"),
         (no_manifest, r"not an artifact \(no manifest.json\)"),
-        (manifest_is_a_folder, "cannot be read"),
+        (manifest_is_a_folder, "not a regular file"),
+        (manifest_is_a_pipe, "not a regular file"),
     ],
 )
 def test_a_malicious_folder_is_refused(broken: Path, damage: Any, message: str) -> None:
@@ -164,6 +170,9 @@ def test_a_malicious_folder_is_refused(broken: Path, damage: Any, message: str) 
 def test_paths_that_are_no_artifact_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ArtifactError, match="not a regular file"):
+        load(tmp_path / "pipe")
     for name, message in (("absent", "does not exist"), ("text", "neither"), ("empty", "not an artifact")):
         with pytest.raises(ArtifactError, match=message):
             load(tmp_path / name)
@@ -304,6 +313,12 @@ def test_writing_replaces_an_artifact_and_nothing_else(tiny: Tiny, tmp_path: Pat
     with pytest.raises(UsageError, match=r"'notes\.txt', which no artifact put there"):
         write_tiny(out)
     assert (out / "notes.txt").read_text() == "mine"
+    (out / "aside").symlink_to(tmp_path)
+    (out / "notes.txt").unlink()
+    with pytest.raises(UsageError, match="'aside', which no artifact put there"):
+        write_tiny(out)
+    (out / "aside").unlink()
+    (out / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="not an artifact directory"):
         write_tiny(out / "notes.txt")
     web = tmp_path / "web"
@@ -321,6 +336,11 @@ def test_writing_goes_through_a_link_and_into_an_empty_folder(tmp_path: Path) ->
     write_tiny(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert open_artifact(tmp_path / "real").manifest.classes == 5
+
+
+def test_an_artifact_cannot_be_the_root_of_a_file_system(tiny: Tiny) -> None:
+    with pytest.raises(UsageError, match="/: has no name that an artifact could take"):
+        write_artifact("/", tiny.manifest, tiny.files)
 
 
 def test_files_that_are_not_the_manifest_s_are_a_bug(tiny: Tiny, tmp_path: Path) -> None:

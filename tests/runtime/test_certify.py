@@ -48,6 +48,8 @@ def test_the_test_passes_exactly_when_the_bound_is_within_the_tolerance(
 
 def test_as_many_rows_as_the_design_says_certify_one_percent() -> None:
     assert rows_needed(0.01, 0.05) == 299
+    with pytest.raises(UsageError, match="certified by no number of rows"):
+        rows_needed(0.0, 0.05)
     assert upper_bound(0, 299, 0.05) <= 0.01 < upper_bound(0, 298, 0.05)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import itertools
 import json
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from tiny import Tiny, batch, write_tiny
 
-from offramp.runtime import dump_manifest, load, render
+from offramp.runtime import Session, dump_manifest, load, render
 from offramp.runtime.cli import Command, main
 from offramp.runtime.manifest import FORMAT_VERSION
 
@@ -145,6 +146,25 @@ def test_a_failed_write_leaves_the_old_answers(
     assert done.stderr.count("\n") == 1
     assert (tmp_path / "answers.npz").read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.npz", "data.npz"]
+
+
+def test_a_long_name_is_as_good_as_any(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / f"{'a' * 240}.npz"
+    assert main(["run", str(tiny.path), "--data", str(data), "-o", str(out)]) == 0
+    assert out.is_file()
+
+
+def test_that_nothing_can_be_written_is_said_before_anything_is_answered(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    monkeypatch.setattr(Session, "run", refused)
+    assert main(["run", str(tiny.path), "--data", str(data), "-o", str(tmp_path / "a.npz")]) == 2
+    assert "a.npz: could not be written (Read-only file system)" in error_line(capsys)
 
 
 def test_the_overview_lists_every_command_and_the_road(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -234,6 +235,15 @@ def triples():
 def half_labelled():
     yield np.ones((2, 4), np.float32)
     yield np.ones((2, 4), np.float32), np.arange(2)
+def unpaired():
+    yield {"x": np.ones((3, 4)), "y": np.ones((4, 4))}
+    yield {"x": np.ones((4, 4)), "y": np.ones((3, 4))}
+def mislabelled():
+    yield np.ones((2, 4)), np.arange(1)
+    yield np.ones((2, 4)), np.arange(3)
+def renamed():
+    yield {"x": np.ones((2, 4))}
+    yield {"y": np.ones((2, 4))}
 class Deep:
     rows = staticmethod(arrays)
 """
@@ -272,6 +282,9 @@ def test_a_callable_yields_arrays_tuples_or_dicts() -> None:
         ("feed:fails", "failed in batch 1 .*the disk is gone"),
         ("feed:lists", "feed:lists: input 'input' is a list"),
         ("feed:triples", "tuple of 3"),
+        ("feed:unpaired", "a batch has rows that do not go together: 3 of 'x', 4 of 'y'"),
+        ("feed:mislabelled", "do not go together: 2 of 'input', 1 of 'labels'; yield as many of each"),
+        ("feed:renamed", "batch 1 has y, the first x; yield the same"),
         ("feed:half_labelled", "one integer for each of the 4 rows"),
     ],
 )
@@ -366,13 +379,24 @@ def test_folders_that_do_not_fit_are_refused(folder: Path) -> None:
         open_data(folder, inputs=None, preprocessing="crop=8", labels="folders")
     (folder / "dog.empty").rmdir()
     (folder / ".hidden").mkdir()
-    open_data(folder, inputs=None, preprocessing="crop=8", labels="folders")
+    shutil.copy(folder / "cat" / "a.png", folder / ".hidden" / "a.png")
+    shutil.copy(folder / "cat" / "a.png", folder / "cat" / "._a.png")
+    labels = open_data(folder, inputs=None, preprocessing="crop=8", labels="folders").labels
+    assert labels is not None
+    assert labels.tolist() == [0, 0, 1]
     (folder / "cat" / "a.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match=r"a\.png: cannot be decoded"):
         everything(open_data(folder, inputs=None, preprocessing="crop=8"))
     (folder / "empty").mkdir()
     with pytest.raises(InputError, match="holds no image"):
         open_data(folder / "empty", inputs=None, preprocessing="crop=8")
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [(np.uint16, "png"), (np.int32, "tif"), (np.float32, "tif")])
+def test_images_of_more_than_8_bits_are_refused(tmp_path: Path, kind: type, suffix: str) -> None:
+    Image.fromarray(np.full((4, 4), 300, kind)).save(tmp_path / f"deep.{suffix}")
+    with pytest.raises(InputError, match=rf"deep\.{suffix}: has pixels of more than 8 bits; scale it to 8"):
+        everything(open_data(tmp_path, inputs=None, preprocessing="mode=L"))
 
 
 def test_without_pillow_the_message_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from offramp.runtime import session as session_module
 from offramp.runtime import stage_times as stage_times_module
 from offramp.runtime.artifact import Artifact, open_artifact, write_artifact
 from offramp.runtime.engine import CUDA, EngineSession, start_sessions
+from offramp.runtime.gather import gather_model
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.on_device import OnDevice
 from offramp.runtime.process import CPU
@@ -317,6 +319,26 @@ def test_stages_are_timed_on_values_that_stay_on_the_device(
     assert (found.asked > 0).all()
     assert (found.gather[:2] > 0).all()
     assert found.gather[2] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_a_value_does_not_hold_what_it_was_taken_from() -> None:
+    session = EngineSession(gather_model([("tensor(float)", 2)]), "gather", [CPU], 1, strict=True)
+
+    def taken(rows: np.ndarray, value: Any) -> Any:
+        feed = {"rows": engine_module.upload(rows, engine_module.HOST), "v0": value}
+        (one,) = session.run_bound({"g0": engine_module.HOST}, feed)
+        return one
+
+    whole = engine_module.upload(np.ones((8192, 1024), np.float32), engine_module.HOST)
+    before = _resident()
+    kept = [taken(np.array([row]), taken(np.arange(8192), whole)) for row in range(6)]
+    assert [value.shape() for value in kept] == [[1, 1024]] * 6
+    assert _resident() - before < 3 * 8192 * 1024 * 4
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 
 @pytest.mark.parametrize("array", [np.array(True), np.zeros((2, 3)), np.asfortranarray(np.eye(3)), np.arange(8)[::2]])

@@ -220,6 +220,11 @@ def test_a_tolerance_in_a_narrower_float_is_what_was_written(tiny: Tiny, session
         np.testing.assert_array_equal(session.run(rows, tolerance=np.full(60, level, narrow)).exits, expected)
 
 
+def test_a_ragged_tolerance_is_refused(session: Session) -> None:
+    with pytest.raises(UsageError, match="is ragged; give one number, or one for each row"):
+        session.run(batch(2), tolerance=[[0.1], [0.1, 0.2]])
+
+
 def test_a_tolerance_and_thresholds_are_refused_together(tiny: Tiny, session: Session) -> None:
     with pytest.raises(UsageError, match="both a tolerance and thresholds"):
         session.run(batch(3), tolerance=0.01, thresholds=THRESHOLDS)
@@ -388,14 +393,25 @@ def test_a_closed_session_refuses(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    "thresholds", [(0.5,), (0.5, 0.5, 0.5), (float("nan"), 0.5), ("high", 0.5), 0.5, ((0.5,), (0.5,))]
+    "thresholds",
+    [
+        (0.5,),
+        (0.5, 0.5, 0.5),
+        (float("nan"), 0.5),
+        ("high", 0.5),
+        ("0.5", "0.5"),
+        (10**400, 0.5),
+        0.5,
+        ((0.5,), (0.5,)),
+    ],
+    ids=range(8),
 )
 def test_thresholds_that_do_not_fit_are_refused(session: Session, thresholds: tuple[float, ...]) -> None:
     with pytest.raises(UsageError, match=r"give 2"):
         session.run(batch(1), thresholds=thresholds)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", 2**40])
 def test_a_thread_count_that_is_none_is_refused(tiny: Tiny, threads: int) -> None:
     with pytest.raises(UsageError, match="threads is"):
         load(tiny.path, threads=threads)

@@ -124,5 +124,5 @@ def test_an_artifact_kept_open_is_read_after_it_was_replaced(tmp_path: Path, nam
         loose.read("report.html")
     assert kept.kept is not None
     kept.kept.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(ArtifactError, match=r"let go of while it was read .*closed"):
         kept.read("report.html")
