@@ -15,15 +15,15 @@ an input named like an artifact's output, a batch-dependent model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from offramp.passes import Backbone, Input, normalise
+from offramp.passes.backbone import is_size
 from offramp.runtime.errors import BatchDependentError, InputError, ModelError
 from offramp.runtime.manifest import ANY, Range, said
 
@@ -35,21 +35,10 @@ from .independence import TOLERANCE, difference, permuted_part
 from .outputs import fields, find_scores, score_kind, to_classes
 from .quiet import quiet
 from .signature import Signature
+from .sizes import Free, Trial, free_sizes, unchecked
 
 # What an artifact's own inputs and outputs are called.
 _RESERVED = ("probabilities", "confidence", "exit", "thresholds")
-
-_LONGEST = 4096  # that is tried
-# Other sizes a free dimension is tried at; the data's may be the largest there is, so the smaller ones come first.
-_OTHERS: tuple[dimensions.Size, ...] = (
-    lambda n, least, most: n - 1,
-    lambda n, least, most: n - 2,
-    lambda n, least, most: n // 2,
-    lambda n, least, most: n + 1,
-    lambda n, least, most: 2 * n,
-    lambda n, least, most: max(2, least),  # 1 often is a broadcast
-    lambda n, least, most: n if most is None or most > _LONGEST else most,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,20 +48,11 @@ class _Traced:
     module: fx.GraphModule
     position: int  # of that field among what the model returns
     batch_symbol: str
-    ranges: Mapping[str, Range]  # of the free dimensions, the batch aside, by symbol
+    free: Free
 
     @property
     def placeholders(self) -> list[fx.Node]:
         return list(self.module.graph.find_nodes(op="placeholder"))
-
-    def free(self) -> dict[str, dict[int, Range]]:
-        """Free dimensions by input, the batch aside, and their ranges."""
-        found: dict[str, dict[int, Range]] = {}
-        for node in self.placeholders:
-            for dimension, size in enumerate(node.meta["val"].shape):
-                if dimension and isinstance(size, torch.SymInt):
-                    found.setdefault(str(node.target), {})[dimension] = self.ranges[str(size)]
-        return found
 
 
 def capture(
@@ -100,13 +80,24 @@ def capture(
     if len(lengths) != 1 or lengths.pop() < 2:
         raise InputError("capture needs the same number of example rows for every input, at least 2")
     title = name or ("exported program" if isinstance(model, ExportedProgram) else type(model).__name__)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(f"{title} is TorchScript, which torch.export does not read; give the nn.Module it was made of")
     _check_precision(model, title)
     if isinstance(model, ExportedProgram):
         traced = _trace_program(model, signature, title)
+        if traced.free.places and (conditions := unchecked(model)):
+            say(
+                f"{title} was exported for sizes of which {conditions[0]}{_more(conditions)}; an artifact checks "
+                "ranges alone: fix what may break this"
+            )
     else:
         with evaluating(model):
             traced = _trace_module(model, example, signature, title)
     return _backbone(traced, example, signature, title, say)
+
+
+def _more(conditions: Sequence[str]) -> str:
+    return f" and {len(conditions) - 1} more conditions" if len(conditions) > 1 else ""
 
 
 def bind(inputs: tuple[Input, ...], given: Mapping[str, torch.Tensor], title: str) -> tuple[torch.Tensor, ...]:
@@ -145,41 +136,31 @@ def _trace_module(model: nn.Module, example: Mapping[str, torch.Tensor], signatu
     tried = dimensions.tried(signature.dynamic, inputs)
     if tried:
         try:
-            program = export(model, call, {**asked, **tried}, title)
+            traced = _exported(model, call, {**asked, **tried}, signature, title)
         except ModelError:  # perhaps for the lengths alone; if not, the next attempt says so again
             pass
         else:
-            traced = _lifted(functional(program, title), tuple(inputs), signature, title)
-            if not traced.free():
+            if not traced.free.places and not traced.free.settled:
                 return traced
-            found = [_agrees(model, call, traced, size) for size in _OTHERS]
-            if found[0] and False not in found:
-                return _from_one(model, call, traced)
-    program = export(model, call, asked, title)
-    traced = _lifted(functional(program, title), tuple(inputs), signature, title)
-    if not traced.free():
+            trial = Trial(model, call, traced.module, traced.position, traced.free)
+            if not traced.free.settled and trial.all_agree():
+                return replace(traced, free=trial.from_one())
+    traced = _exported(model, call, asked, signature, title)
+    for name, own in traced.free.settled.items():
+        for dimension, size in own.items():
+            raise ModelError(dimensions.fixed(title, name, dimension, size))
+    if not traced.free.places:
         return traced
-    _check_sizes([_agrees(model, call, traced, size) for size in _OTHERS], traced, title)
-    return _from_one(model, call, traced)
+    trial = Trial(model, call, traced.module, traced.position, traced.free)
+    trial.check(title)
+    return replace(traced, free=trial.from_one())
 
 
-def _from_one(model: nn.Module, call: Call, traced: _Traced) -> _Traced:
-    """The same with ranges that begin at 1, if the graph is right there: torch has all that it finds begin at 2."""
-    ranges = {symbol: (1 if least == 2 else least, most) for symbol, (least, most) in traced.ranges.items()}
-    wider = replace(traced, ranges=ranges)
-    return wider if _agrees(model, call, wider, lambda n, least, most: least) else traced
-
-
-def _check_sizes(found: Sequence[bool | None], traced: _Traced, title: str) -> None:
-    """Whatever was asked to be free is so at some other size at least, and then the graph is right."""
-    places = ", ".join(f"{dimension} of {name}" for name, own in traced.free().items() for dimension in own)
-    if False in found:
-        raise ModelError(
-            f"{title}, exported, answers otherwise than itself when dimension {places} has another size; "
-            "leave dynamic out"
-        )
-    if True not in found:
-        raise ModelError(f"{title} runs at no other size of dimension {places} than the data's; leave dynamic out")
+def _exported(
+    model: nn.Module, call: Call, free: Mapping[str, Collection[int]], signature: Signature, title: str
+) -> _Traced:
+    program = functional(export(model, call, free, title), title)
+    return _lifted(program, tuple(call.inputs()), signature, title)
 
 
 def _lifted(program: ExportedProgram, names: Sequence[str], signature: Signature, title: str) -> _Traced:
@@ -188,30 +169,9 @@ def _lifted(program: ExportedProgram, names: Sequence[str], signature: Signature
     tensors = [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     batch = dimensions.batch_symbol(tensors, title)
     field = find_scores(fields(program), signature.output, batch, title)
-    ranges = dimensions.ranges(tensors, program.range_constraints)
-    return _Traced(lift(program, names, field.node, title), field.position, batch, ranges)
-
-
-def _agrees(model: nn.Module, call: Call, traced: _Traced, size: dimensions.Size) -> bool | None:
-    """Whether the graph answers as the model does when every free dimension is of that size, within its range.
-
-    None when the model itself does not run then, its lengths may have to be even, say; and for the data's own sizes.
-    """
-    resized = dimensions.resized(call.inputs(), traced.free(), size)
-    if resized is None:
-        return None
-    short = call.with_inputs(resized)
-    with quiet():
-        try:
-            expected = pytree.tree_leaves(short(model))[traced.position]
-        except Exception:  # noqa: BLE001  # a person's own code, at a length it may refuse in any way it likes
-            return None
-        try:
-            with torch.no_grad():
-                answer = traced.module(*short.inputs().values())
-        except (RuntimeError, IndexError):
-            return False
-    return answer.shape == expected.shape and difference(expected, answer, torch.arange(len(expected))) <= TOLERANCE
+    module = lift(program, names, field.node, title)
+    free = free_sizes(list(module.graph.find_nodes(op="placeholder")), program.range_constraints, batch)
+    return _Traced(module, field.position, batch, free)
 
 
 def _backbone(
@@ -222,7 +182,9 @@ def _backbone(
     say: Callable[[str], None],
 ) -> Backbone:
     module = traced.module
-    inputs = dimensions.described(traced.placeholders, signature.dynamic, traced.batch_symbol, traced.ranges, title)
+    if not _reads_inputs(module):
+        raise ModelError(f"{title} answers the same whatever it is given: no input is read on the way to its scores")
+    inputs = dimensions.described(traced.placeholders, signature.dynamic, traced.batch_symbol, traced.free, title)
     taken = [i.name for i in inputs if i.name in _RESERVED]
     if taken:
         raise ModelError(f"{title}: an artifact has a {taken[0]!r} of its own; rename this input of the model")
@@ -234,6 +196,15 @@ def _backbone(
     _check_rows(module, arguments, scores, title)
     _tell(inputs, raw, kind, title, say)
     return normalise(Backbone(title, module, inputs, traced.batch_symbol, classes, kind))
+
+
+def _reads_inputs(module: fx.GraphModule) -> bool:
+    """Whether the scores are made from values of an input; its size is none."""
+    made: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or (not is_size(node) and any(n in made for n in node.all_input_nodes)):
+            made.add(node)
+    return node in made
 
 
 def _tell(inputs: Sequence[Input], raw: torch.Tensor, kind: str, title: str, say: Callable[[str], None]) -> None:

@@ -18,7 +18,7 @@ from offramp.passes.backbone import SCORES
 from offramp.runtime.artifact import check_output
 from offramp.runtime.commands import Command, byte_size, positive, write_arrays
 from offramp.runtime.data import open_data
-from offramp.runtime.errors import UsageError
+from offramp.runtime.errors import InputError, UsageError
 from offramp.runtime.reference import is_reference, load_reference
 from offramp.runtime.selection import RISKS
 from offramp.runtime.session import load
@@ -41,6 +41,7 @@ from .signature import Signature, parse_dynamic
 from .stream import tensors
 from .training import Training
 
+_DIGITS = "image"  # what the demo's input is called
 _MODEL_HELP = "package.module:callable, or a .pt2 saved by torch.export.save"
 _DATA_HELP = "a .npy, an .npz, a folder of images (with --preprocess) or package.module:callable yielding batches"
 
@@ -336,25 +337,31 @@ def _configure_demo(parser: argparse.ArgumentParser) -> None:
         "and print what it saved."
     )
     parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("demo-artifact"),
-        metavar="OUT",
-        help="(default %(default)s)",
+        "-o", "--output", type=Path, default=Path("demo-artifact"), metavar="OUT", help="(default %(default)s)"
     )
     parser.add_argument("--tolerance", type=float, default=0.03, metavar="T", help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
 
 
+def _check_digits(path: Path) -> None:
+    """A file that no demo wrote is a person's own."""
+    try:
+        ours = not path.exists() or open_data(path, inputs=None).input_names == (_DIGITS,)
+    except InputError:
+        ours = False
+    if not ours:
+        raise UsageError(f"{path}: is there and no demo wrote it; choose another --output, or move it away")
+
+
 def _run_demo(args: argparse.Namespace) -> int:
     options = Options(tolerance=args.tolerance, seed=args.seed)
     check_output(args.output)
+    data = args.output.with_name(args.output.name + ".npz")
+    _check_digits(data)
     digits = train_digits(args.seed, _log)
     manifest = compile(digits.model, digits.images, args.output, labels=digits.labels, options=options, say=_log)
     _say(render(manifest))
-    data = args.output.with_name(args.output.name + ".npz")
-    write_arrays(data, {"image": digits.images, "labels": digits.labels})
+    write_arrays(data, {_DIGITS: digits.images, "labels": digits.labels})
     with load(args.output) as session:
         answers = session.run(digits.images[:32])
         left = ", ".join(f"{(answers.exits == e).sum()} at exit {e}" for e in range(session.exits))

@@ -43,7 +43,7 @@ from .choose import choose_exits, exit_plan, observers, records
 from .costs import TIME, costs, measured_costs
 from .distill import Head, default_heads, distil
 from .emit import plain_model
-from .independence import keep_independent
+from .independence import INDEPENDENT, keep_independent
 from .lower import lowered
 from .memory import give_back, groups
 from .package import Job, Options, Ready, input_specs, pack
@@ -230,7 +230,8 @@ def choose_candidates(backbone: Backbone, found: Candidates, limit: int) -> tupl
         rules: dict[str, list[Refusal]] = defaultdict(list)
         for refusal in found.refused:
             rules[refusal.rule].append(refusal)
-        frequent = sorted(rules.values(), key=len, reverse=True)[:3]
+        # What running the model tells is told first: reading the graph tells it of no other place.
+        frequent = sorted(rules.values(), key=lambda same: (same[0].rule == INDEPENDENT, len(same)), reverse=True)[:3]
         reasons = [f"{len(same)} such as {same[-1].name} ({same[-1].place}): {same[-1].reason}" for same in frequent]
         raise NoCandidateError(
             f"{backbone.name} has no place for an exit among {len(found.refused)} considered: "

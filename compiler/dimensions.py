@@ -10,8 +10,7 @@ many positions as it was trained for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -22,12 +21,11 @@ from offramp.runtime.errors import ModelError, UsageError
 from offramp.runtime.manifest import Range
 
 from .signature import BATCH
+from .sizes import Free
 
-_UNBOUNDED = 1 << 20  # what torch says of a size that may be anything is far beyond
 SEQUENCE = "sequence"  # what a free length is called, unless a person says otherwise
 
 Words = Mapping[str, Mapping[int, str]]
-Size = Callable[[int, int, int | None], int]
 
 
 def asked(dynamic: Words, example: Mapping[str, torch.Tensor], title: str) -> dict[str, tuple[int, ...]]:
@@ -51,34 +49,6 @@ def tried(dynamic: Words, example: Mapping[str, torch.Tensor]) -> dict[str, tupl
     }
 
 
-def ranges(placeholders: Sequence[fx.Node], constraints: Mapping[Any, Any]) -> dict[str, Range]:
-    """What torch found of the sizes that are free, the batch aside, by symbol."""
-    found: dict[str, Range] = {}
-    for _, _, size in _sizes(placeholders):
-        if isinstance(size, torch.SymInt):
-            known = constraints.get(size.node.expr)
-            least, most = (1, _UNBOUNDED) if known is None else (max(1, known.lower), min(_UNBOUNDED, known.upper))
-            found[str(size)] = int(least), None if most >= _UNBOUNDED else int(most)
-    return found
-
-
-def resized(
-    example: Mapping[str, torch.Tensor], free: Mapping[str, Mapping[int, Range]], size: Size
-) -> dict[str, torch.Tensor] | None:
-    """The same rows, `size(n, least, most)` of n long in every free dimension: cut, or begun again where they end.
-
-    A size out of a dimension's range is the nearest one within. None if all are as they were.
-    """
-    made, other = dict(example), False
-    for name, dimension, (least, most) in ((name, d, span) for name, own in free.items() for d, span in own.items()):
-        n = made[name].shape[dimension]
-        wanted = max(least, size(n, least, most))
-        wanted = wanted if most is None else min(most, wanted)
-        made[name] = made[name].index_select(dimension, torch.arange(wanted) % n)
-        other = other or wanted != n
-    return made if other else None
-
-
 def batch_symbol(placeholders: Sequence[fx.Node], title: str) -> str:
     """The symbol that is dimension 0 of every input; refuses a fixed batch, or several."""
     symbols = set()
@@ -96,23 +66,20 @@ def batch_symbol(placeholders: Sequence[fx.Node], title: str) -> str:
     return symbols.pop()
 
 
-def described(
-    placeholders: Sequence[fx.Node], dynamic: Words, batch: str, ranges: Mapping[str, Range], title: str
-) -> tuple[Input, ...]:
-    """The graph's inputs with every free dimension named; refuses one that was said to be free and is not.
+def fixed(title: str, name: str, dimension: int, size: object) -> str:
+    """What a model is refused for that has one size where it was said to be free."""
+    return f"{title} fixes dimension {dimension} of input {name} at {size}; leave it out of dynamic"
 
-    `ranges` are by symbol.
-    """
+
+def described(placeholders: Sequence[fx.Node], dynamic: Words, batch: str, free: Free, title: str) -> tuple[Input, ...]:
+    """The graph's inputs with every free dimension named; refuses one that was said to be free and is not."""
     words = {batch: BATCH}
     for name, dimension, size in _sizes(placeholders):
         said = dynamic.get(name, {}).get(dimension)
         if said is None:
             continue
         if not isinstance(size, torch.SymInt) or str(size) == batch:
-            raise ModelError(
-                f"{title} fixes dimension {dimension} of input {name} at {BATCH if str(size) == batch else size}; "
-                "leave it out of dynamic"
-            )
+            raise ModelError(fixed(title, name, dimension, BATCH if str(size) == batch else size))
         if words.setdefault(str(size), said) != said:
             raise ModelError(
                 f"{title} needs {words[str(size)]!r} and {said!r} (dimension {dimension} of input {name}) to be equal; "
@@ -120,9 +87,9 @@ def described(
             )
     words |= _default_words(placeholders, words)
     spans: dict[str, Range] = {}
-    for symbol, span in ranges.items():
-        if symbol != batch:
-            spans[words[symbol]] = _common(span, spans.get(words[symbol], span))
+    for size in (size for own in free.places.values() for size in own.values()):
+        span, word = free.range_of(size), words[str(size)]
+        spans[word] = _common(span, spans.get(word, span))
     return tuple(_input(node, words, spans) for node in placeholders)
 
 

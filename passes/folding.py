@@ -1,4 +1,4 @@
-"""`FoldWeights`: what is computed from weights alone is computed once, here, and not at every call.
+"""`FoldNumbers`, `FoldWeights`: what is computed from weights alone is computed once, here, and not at every call.
 
 Weight standardisation (which traces as a batch norm in training mode over the weights), weight norm, a table of
 relative positions spread over pairs of tokens: such nodes have no row in them, so they are no part of what an exit
@@ -8,14 +8,46 @@ the weights it is made of, or views of weights are all it is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
-from .backbone import Backbone, attribute, copy_graph_module, is_view
+from .backbone import Backbone, attribute, copy_graph_module, is_size, is_view
 from .contract import Pass, PassResult
+
+
+class FoldNumbers(Pass[Backbone, Backbone]):
+    """Numbers read out of weights, a temperature's `.item()`, are written where they are used."""
+
+    def call(self, subject: Backbone) -> PassResult[Backbone]:
+        if not numbers(subject):
+            return PassResult(subject, modified=False)
+        result = replace(subject, graph_module=copy_graph_module(subject.graph_module))
+        values = _computed(result)
+        for node in numbers(result):
+            written = functools.partial(_written, node, values[node])
+            for user in list(node.users):
+                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), written)
+        result.graph.eliminate_dead_code()
+        result.graph.lint()
+        return PassResult(replace(result, graph_module=copy_graph_module(result.graph_module)), modified=True)
+
+    def ensures(self, subject: Backbone) -> list[str]:
+        return [f"{n.name} is still read out of weights" for n in numbers(subject)]
+
+
+def numbers(backbone: Backbone) -> list[fx.Node]:
+    """Nodes that are numbers made of weights alone, and read by what is not."""
+    constant = _constant(backbone)
+    return [n for n in constant if is_size(n) and any(user not in constant for user in n.users)]
+
+
+def _written(node: fx.Node, value: Any, argument: fx.Node) -> Any:
+    return value if argument is node else argument
 
 
 class FoldWeights(Pass[Backbone, Backbone]):
@@ -85,7 +117,7 @@ def _size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _computed(backbone: Backbone) -> dict[fx.Node, torch.Tensor]:
+def _computed(backbone: Backbone) -> dict[fx.Node, Any]:
     """The value of every node that is computed from weights alone."""
     module = backbone.graph_module
     values = {n: attribute(module, str(n.target)) for n in backbone.graph.nodes if n.op == "get_attr"}

@@ -3,7 +3,7 @@
 1. `RemoveAssertions` drops run-time checks: they hold no value, and across a cut they would ask for one.
 2. `RemoveIdentities` drops nodes that return their input at inference (dropout, detach, alias, clone, a slice of
    everything).
-3. `FoldWeights` computes once what is made of weights alone; see `folding`.
+3. `FoldNumbers` and `FoldWeights` compute once what is made of weights alone; see `folding`.
 4. `ReshapeViews` turns `view` into `reshape`: tracing wrote down views because of the strides it saw, but another
    kernel of the same operator (attention for no rows, or on another device) may lay its result out otherwise, and a
    `clone` that made them right may be gone by rule 2.
@@ -27,7 +27,7 @@ from torch import fx
 
 from .backbone import Backbone, copy_graph_module
 from .contract import Pass, PassResult
-from .folding import FoldWeights
+from .folding import FoldNumbers, FoldWeights
 from .masks import SpreadMasks
 
 aten = torch.ops.aten
@@ -133,6 +133,7 @@ class NameSqueezed(Pass[Backbone, Backbone]):
 NORMALISATION: tuple[Pass[Backbone, Backbone], ...] = (
     RemoveAssertions(),
     RemoveIdentities(),
+    FoldNumbers(),
     FoldWeights(),
     ReshapeViews(),
     NameSqueezed(),

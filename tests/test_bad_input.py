@@ -433,3 +433,12 @@ def test_one_trial_is_one_wave(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert cli.main([*common, "--trials", "1"]) == 2
     assert cli.main(common) == 2
     assert [(o.search.trials, o.search.waves) for o in asked] == [(1, 1), (Search.trials, Search.waves)]
+
+
+def test_the_demo_replaces_no_file_but_its_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("digits.npz", mine=np.arange(3))
+    assert cli.main(["demo", "-o", "digits"]) == 2
+    assert "digits.npz: is there and no demo wrote it" in capsys.readouterr().err
+    Path("digits.npz").write_bytes(b"")
+    assert cli.main(["demo", "-o", "digits"]) == 2
+    assert Path("digits.npz").read_bytes() == b""

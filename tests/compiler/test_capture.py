@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,18 @@ def test_a_model_that_writes_to_its_own_state_is_refused() -> None:
 
     with pytest.raises(ModelError, match="writes to its own state"):
         captured(Counting)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, rows(4))])
+def test_torchscript_is_refused(make: Callable[[nn.Module], nn.Module]) -> None:
+    with pytest.raises(ModelError, match=r"is TorchScript, which torch\.export does not read"):
+        capture(make(Chain().eval()), {"x": rows(4)})
+
+
+def test_a_model_that_reads_no_input_is_refused() -> None:
+    class Constant(Chain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last.bias.expand(x.shape[0], 4)
+
+    with pytest.raises(ModelError, match="answers the same whatever it is given"):
+        captured(Constant)

@@ -119,7 +119,7 @@ def test_inputs_that_do_not_fit() -> None:
 def test_a_length_that_the_model_fixes_stays_fixed() -> None:
     backbone = captured(Positions, **sentences(8))
     assert dict(shapes(backbone))["ids"] == ("batch", 5)
-    with pytest.raises(ModelError, match="Positions runs at no other size of dimension 1 of ids than the data's"):
+    with pytest.raises(ModelError, match="Positions fixes dimension 1 of input ids at 5; leave it out of dynamic"):
         capture(Positions(), sentences(8), dynamic={"ids": {1: "sequence"}})
     program = export(Chain(), (rows(4),), dynamic_shapes=({0: Dim("batch")},))
     with pytest.raises(ModelError, match="program fixes dimension 1 of input x at 6; leave it out of dynamic"):
@@ -153,18 +153,86 @@ def test_a_length_is_free_as_far_as_the_model_does_the_same(at: int, above: bool
         torch.testing.assert_close(backbone.graph_module(*given.values()), model(**given))
 
 
-def test_a_length_the_model_goes_by_otherwise_stays_fixed() -> None:
-    class Every(Attention):
-        """Its answer turns on the length in a way that no range tells."""
+class Eleven(Attention):
+    """One length of all is answered otherwise."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = super().forward(ids, mask)
+        return scores.flip(1) if ids.shape[1] == 11 else scores
+
+
+class Every(Attention):
+    """Every other length is."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = super().forward(ids, mask)
+        return scores.flip(1) if ids.shape[1] % 2 else scores
+
+
+class Tall(nn.Module):
+    """Turns images that are higher than wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        turned = x.rot90(1, (2, 3)) if x.shape[2] > x.shape[3] else x
+        return self.last(torch.relu(self.first(turned)).amax((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Eleven, Every])
+def test_a_length_the_model_goes_by_otherwise_stays_fixed(kind: type[Attention]) -> None:
+    model, example = kind(), longer(8, 6)
+    assert shapes(capture(model, example)) == (("ids", ("batch", 6)), ("mask", ("batch", 6)))
+    with pytest.raises(
+        ModelError, match="answers otherwise than itself when dimension 1 of ids, 1 of mask has another"
+    ):
+        capture(model, example, dynamic={"ids": {1: "words"}, "mask": {1: "words"}})
+
+
+def test_sizes_that_a_model_compares_are_not_free() -> None:
+    words = {"x": {2: "height", 3: "width"}}
+    for size in ((9, 12), (9, 9), (12, 9)):
+        with pytest.raises(ModelError, match="answers otherwise than itself when dimension 2 of x, 3 of x"):
+            capture(Tall(), {"x": torch.randn(4, 3, *size)}, dynamic=words)
+    capture(Tall(), {"x": torch.randn(4, 3, 9, 12)}, dynamic={"x": {3: "width"}})
+
+
+def test_what_a_saved_program_was_exported_under_is_said() -> None:
+    free = {0: Dim("batch"), 2: Dim.AUTO, 3: Dim.AUTO}
+    example = torch.randn(4, 3, 9, 12)
+    said: list[str] = []
+    capture(export(Tall(), (example,), dynamic_shapes=(free,)), {"x": example}, say=said.append)
+    assert "was exported for sizes of which L['x'].size()[2] <= L['x'].size()[3]" in said[0]
+    said.clear()
+    given = longer(8, 6)
+    length = {0: Dim("batch"), 1: Dim("length", min=2, max=9)}
+    program = export(Attention(), tuple(given.values()), dynamic_shapes=(length, length))
+    capture(program, given, say=said.append)
+    assert [line for line in said if "exported for sizes" in line] == []
+
+
+def test_a_length_with_no_answer_tells_nothing() -> None:
+    class Mean(Attention):
+        """The first tokens of padded rows leave nothing to take the mean of."""
 
         def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            return super().forward(ids, mask).roll(ids.shape[1] % 3, 1) if ids.shape[1] % 2 == 0 else self.last.bias
+            there = mask[..., None]
+            return self.last((torch.tanh(self.embed(ids)) * there).sum(1) / there.sum(1))
 
-    model, example = Every(), longer(8, 6)
-    assert shapes(capture(model, example)) == (("ids", ("batch", 6)), ("mask", ("batch", 6)))
-    words = {"ids": {1: "words"}, "mask": {1: "words"}}
-    with pytest.raises(ModelError, match="dimension 1 of ids, 1 of mask"):
-        capture(model, example, dynamic=words)
+    example = longer(8, 12)
+    example["mask"] = (torch.arange(12) >= 2).long().expand(8, 12).contiguous()
+    assert shapes(capture(Mean(), example)) == FREE
+
+
+def test_a_length_the_graph_cannot_have_is_not_within_the_range() -> None:
+    class Step(Attention):
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            step = 12 // (ids.shape[1] - 1) if ids.shape[1] > 1 else 1
+            return super().forward(ids, mask) * step
+
+    assert [i.ranges for i in capture(Step(), longer(8, 6)).inputs] == [{"sequence": (2, None)}] * 2
 
 
 def test_a_saved_program_s_range_is_kept(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from models import Attention, Chain, captured, rows, sentences, with_exits
+from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
 
@@ -34,6 +35,44 @@ def test_rows_that_trade_places_and_trade_back_are_refused_in_between() -> None:
     dropped = {c.name for c in found.kept} - {c.name for c in kept.kept}
     assert dropped == {r.name for r in kept.refused} - {r.name for r in found.refused}
     assert all("rows beside it" in r.reason for r in kept.refused if r.name in dropped)
+
+
+class Flattened(nn.Module):
+    """Reads the last token of every row out of all rows' tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.last = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x = x + torch.relu(self.mix(x))
+        at = torch.arange(ids.shape[0]) * ids.shape[1] + lengths - 1
+        return self.last(torch.relu(self.mix(x)).reshape(-1, 8)[at])
+
+
+class Indexed(Flattened):
+    """Reads it row by row."""
+
+    def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x = x + torch.relu(self.mix(x))
+        return self.last(torch.relu(self.mix(x))[torch.arange(ids.shape[0]), lengths - 1])
+
+
+@pytest.mark.parametrize("kind", [Flattened, Indexed])
+def test_what_travels_with_a_row_must_not_depend_on_its_place(kind: type[nn.Module]) -> None:
+    given = {"ids": torch.randint(0, 20, (8, 5)), "lengths": torch.randint(1, 6, (8,))}
+    backbone = capture(kind(), given, dynamic={"ids": {}})
+    found = find_candidates(backbone)
+    kept = keep_independent(backbone, found, tuple(given.values()))
+    assert found.kept
+    if kind is Indexed:
+        assert kept == found
+        return
+    assert [c for c in kept.kept if c.side_inputs] == []
+    (refused, *_) = [r for r in kept.refused if r.rule == "independent"]
+    assert "which travels with the rows, changes with the rows beside it" in refused.reason
 
 
 def test_independent_candidates_stay() -> None:

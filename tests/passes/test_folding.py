@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnxruntime as ort
 import torch
 from models import captured, with_exits
 from torch import nn
 from torch.nn import functional as F
 
+from offramp.compiler.emit import backbone_model
 from offramp.passes import Backbone, FoldWeights, find_candidates, violations
+from offramp.passes.backbone import is_size
 from offramp.passes.candidates import Limits
-from offramp.passes.folding import foldable
+from offramp.passes.folding import foldable, numbers
 
 aten = torch.ops.aten
 
@@ -97,3 +101,30 @@ def test_what_is_drawn_at_random_is_not_a_weight() -> None:
     result = FoldWeights()(backbone)
     assert not result.modified
     assert foldable(result.subject) == {}
+
+
+class Scaled(nn.Module):
+    """Divides by a temperature that is a buffer, as a number, and by one that is made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.register_buffer("temperature", torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hot = torch.relu(self.first(x)) / (self.temperature.exp().item() + 1)
+        return self.last(hot) / self.temperature.item()
+
+
+def test_numbers_read_out_of_weights_are_written_down() -> None:
+    backbone = captured(Scaled)
+    assert not numbers(backbone)
+    assert not any(is_size(node) for node in backbone.graph.nodes if node.op == "call_function")
+    torch.manual_seed(0)
+    model, x = Scaled().eval(), torch.randn(5, 6)
+    torch.testing.assert_close(backbone.graph_module(x), model(x))
+    (first, *_) = find_candidates(backbone, limits=Limits(least_left=0.0)).kept
+    program = with_exits(backbone, [first.name], [2.0])
+    torch.testing.assert_close(program(x)[0], model(x).softmax(1))
+    plain = ort.InferenceSession(backbone_model(backbone).proto, providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(plain.run(None, {"x": x.numpy()})[0], model(x).softmax(1).detach().numpy(), atol=1e-6)
