@@ -1,8 +1,8 @@
 """`offramp serve`: artifacts on a port, until a signal stops it.
 
-SIGTERM and SIGINT: no new connection is taken, what was accepted is answered, and the exit status is 0. A second
-SIGINT answers nothing more. SIGHUP reads every model's path again; a model that cannot be read stays as it was, and
-stderr says why.
+SIGTERM and SIGINT: no new connection is taken, what was accepted is answered, and the exit status is 0. What takes
+longer than `--drain-seconds` is refused, and stderr says how much. A second SIGINT answers nothing more. SIGHUP reads
+every model's path again; a model that cannot be read stays as it was, and stderr says why.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from .metrics import Metrics
 from .recording import Recording
 from .work import Engine, Host, Recorder
 
-PATIENCE = 30.0  # seconds for what was accepted, once the server is told to stop
 _LOOK = 0.1  # seconds between looks for a second interrupt
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -101,6 +100,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("--max-rows", type=positive, default=4096, metavar="N", help="of one request (default 4096)")
     add("--max-connections", type=positive, default=256, metavar="N", help="at the same time (default 256)")
     add("--idle-seconds", type=seconds, default=60.0, metavar="S", help="until a silent socket is closed (default 60)")
+    add(
+        "--drain-seconds", type=seconds, default=30.0, metavar="S",
+        help="for what was accepted, once the server is told to stop; what is left is refused (default 30)",
+    )  # fmt: skip
 
 
 def named(words: list[str]) -> dict[str, Path]:
@@ -136,6 +139,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         max_rows=args.max_rows,
         max_connections=args.max_connections,
         idle_seconds=args.idle_seconds,
+        drain_seconds=args.drain_seconds,
     )
 
 
@@ -186,9 +190,11 @@ def listening(host: str, number: int) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn's server, which says when it serves, and answers what was accepted before it closes connections."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, web: Starlette, ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, web: Starlette, patience: float, ready: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._engine, self._web, self._ready = engine, web, ready
+        self._engine, self._web, self._patience, self._ready = engine, web, patience, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Raises as uvicorn's."""
@@ -201,7 +207,7 @@ class Server(uvicorn.Server):
         infer.closing = True
         for server in self.servers:
             server.close()
-        await self._unless_forced(asyncio.to_thread(self._engine.close, PATIENCE))
+        await self._unless_forced(asyncio.to_thread(self._engine.close, self._patience))
         if self.force_exit:
             await asyncio.to_thread(self._engine.close, 0.0)
         # What the engine delivered until now lies in the outboxes, or waits in the loop before this.
@@ -232,7 +238,7 @@ def server(
         ws_max_size=settings.max_message,
         ws_per_message_deflate=False,  # a small message must not become a large one
         # Whoever is silent or does not read is found by the settings' own clocks. A socket whose answers pile up is not
-        # read meanwhile, its answers to pings neither.
+        # read meanwhile, its answers to our pings neither.
         ws_ping_interval=None,
         timeout_graceful_shutdown=math.ceil(settings.send_seconds) + 1,
         access_log=False,
@@ -241,7 +247,7 @@ def server(
         proxy_headers=False,
         lifespan="off",
     )
-    return Server(config, engine, web, ready)
+    return Server(config, engine, web, settings.drain_seconds, ready)
 
 
 class Signals:

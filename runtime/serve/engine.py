@@ -112,6 +112,8 @@ class BatchingEngine:
         with self._state:
             self._closing = True
             self._idle.wait_for(lambda: not self._ledger.requests, max(0.0, min(patience, threading.TIMEOUT_MAX)))
+            if left := sum(request.left for request in self._ledger.requests):
+                _log.warning("%d rows that were accepted are refused: the server had no more time for them", left)
             self._ledger.abandon(BusyError("the server stopped before these rows were answered; send them again"))
             self._work.notify_all()
         for thread in self._threads:
@@ -216,18 +218,18 @@ class BatchingEngine:
 
     def _step(self, claim: Claim) -> None:
         """Run the stage that a queue waits for on a batch of it."""
-        hosted, (digest, index, _) = claim.first.hosted, claim.queue.place
+        hosted, index, _ = claim.queue.place
         try:
             stage = hosted.take(index)
         except Exception as error:  # noqa: BLE001  # of any kind: who waits for a stage that cannot be had must know
             with self._state:
-                self._ledger.refuse(digest, index, as_ours(error))
+                self._ledger.refuse(hosted, index, as_ours(error))
             return
         if stage is None:
             with self._state:
-                self._queues.block(digest, index, claim.generation)
-                if self._queues.missing(digest, index):
-                    self._ledger.missing(digest, index)
+                self._queues.block(hosted, index, claim.generation)
+                if self._queues.missing(hosted, index):
+                    self._ledger.missing(hosted, index)
             return
         chunks: Sequence[Chunk] = ()
         try:

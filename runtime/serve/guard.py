@@ -59,6 +59,13 @@ class GuardedSocket(WebSocketsSansIOProtocol):
         if not self.handshake_complete:  # else it was refused, and has no scope
             self.scope["extensions"][AT_ONCE] = {"socket": self}
 
+    def handle_ping(self) -> None:
+        """To one who does not read nothing is answered: pongs would pile up as fast as pings can be sent."""
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self.conn.data_to_send()
+
     def send_receive_event_to_app(self) -> None:
         if self._take is not None and self._offered(self._take):
             self.frames = []

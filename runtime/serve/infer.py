@@ -48,7 +48,7 @@ from .fields import (
 )
 from .frames import told
 from .limits import Settings
-from .work import Asked, Engine, Host, Hosted, Leaving, Observer, Ticket, held
+from .work import VERSION_LENGTH, Asked, Engine, Host, Hosted, Leaving, Observer, Ticket, held
 
 WORDS = {
     "bool": "BOOL",
@@ -59,7 +59,6 @@ _DTYPES = {word: dtype for dtype, word in WORDS.items()}
 _OUTPUTS = {"probabilities": "FP32", "class": "INT64", "exit": "INT64", "confidence": "FP32"}
 _LENGTH = "inference-header-content-length"
 _NUMBER = 22  # bytes of a probability in JSON, about
-_VERSION_LENGTH = 12  # of the digest's characters
 _ASKED = ("tolerance", "deadline_ms", "best_effort")
 
 
@@ -198,32 +197,38 @@ class Infer:
         return JSONResponse({})
 
     async def _infer(self, request: Request) -> Response:
-        name, most = request.path_params["name"], self._settings.max_json_bytes
         # From before the body on: who asks for what is not here need not send all of it, and a version that was here
         # when it was asked for answers, whatever takes its place meanwhile.
         with self._addressed(request) as hosted:
-            body = await read_body(request, self._settings)
-            manifest, version = hosted.manifest, _version(hosted)
-            try:
-                header, tensors = _parted(body, request.headers.get(_LENGTH), most)
-                wanted = _wanted(header)
-                of = identifier(header.get("id"), "id")
-                batch = _batch(header, tensors, manifest.inputs, self._settings.max_rows)
-                options = asked({key: _parameters(header).get(key) for key in _ASKED})
-                rows = len(next(iter(batch.values())))
-                _room_to_answer(wanted, rows, manifest.classes, most)
-            except InputError:
-                self._observer.refused(name, 0, "input")
-                raise
-            answers = Answers(rows, manifest.classes)
-            ticket = self._submit(hosted, batch, options, answers)
+            stated, wanted, answers, ticket = await self._taken(request, hosted)
         try:
             await _complete(request, answers)
         except BaseException:
             ticket.cancel()
             raise
-        stated = {"model_name": name, "model_version": version, **({} if of is None else {"id": of})}
         return _response({**stated, "parameters": {"short_rows": answers.short}}, answers, wanted)
+
+    async def _taken(self, request: Request, hosted: Hosted) -> tuple[dict[str, Any], list[_Wanted], Answers, Ticket]:
+        """Read and submit a request -> what its response begins with. What was read is gone once this returns: rows may
+        wait for long, and the engine counts no more of them than their inputs.
+        """
+        most, manifest = self._settings.max_json_bytes, hosted.manifest
+        body = await read_body(request, self._settings)
+        try:
+            header, tensors = _parted(body, request.headers.get(_LENGTH), most)
+            wanted = _wanted(header)
+            of = identifier(header.get("id"), "id")
+            batch = _batch(header, tensors, manifest.inputs, self._settings.max_rows)
+            options = asked({key: _parameters(header).get(key) for key in _ASKED})
+            rows = len(next(iter(batch.values())))
+            _room_to_answer(wanted, rows, manifest.classes, most)
+        except InputError:
+            self._observer.refused(hosted.name, 0, "input")
+            raise
+        answers = Answers(rows, manifest.classes)
+        ticket = self._submit(hosted, batch, options, answers)
+        stated = {"model_name": hosted.name, "model_version": _version(hosted), **({} if of is None else {"id": of})}
+        return stated, wanted, answers, ticket
 
     def _submit(self, hosted: Hosted, batch: Mapping[str, np.ndarray], options: Asked, answers: Answers) -> Ticket:
         loop = asyncio.get_running_loop()
@@ -268,7 +273,7 @@ def error_response(error: OfframpError) -> Response:
 
 
 def _version(hosted: Hosted) -> str:
-    return hosted.digest[:_VERSION_LENGTH]
+    return hosted.digest[:VERSION_LENGTH]
 
 
 def _parameters(of: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .joined import Outcome
 from .queues import Lane, Queues
 from .requests import Chunk, Request
 from .watching import Watching
-from .work import Leaving, Observer
+from .work import Hosted, Leaving, Observer
 
 
 @dataclass(frozen=True)
@@ -111,16 +111,16 @@ class Ledger:
             self.queues.drop(chunk)
             self.finish(request)
 
-    def missing(self, digest: str, stage: int) -> None:
+    def missing(self, version: Hosted, stage: int) -> None:
         """A stage is not in memory: rows that would rather be answered than wait are."""
-        for chunk in self.queues.waiting(digest, stage):
+        for chunk in self.queues.waiting(version, stage):
             if chunk.live and chunk.request.best_effort:
                 self._answer_spoken(chunk.request, chunk.rows[chunk.request.open[chunk.rows]])
                 self._requeue(chunk)
 
-    def refuse(self, digest: str, stage: int, error: OfframpError) -> None:
+    def refuse(self, version: Hosted, stage: int, error: OfframpError) -> None:
         """A stage cannot be had: whoever waits for it gets the best so far, if that was asked for, or the error."""
-        for chunk in self.queues.waiting(digest, stage):
+        for chunk in self.queues.waiting(version, stage):
             self.queues.drop(chunk)
             self._stuck(chunk, stage, error)
             self.finish(chunk.request)
@@ -246,7 +246,7 @@ class Ledger:
         if not chunk.live:
             self.queues.push(chunk, stage)
             return
-        if request.best_effort and self.queues.missing(request.hosted.digest, stage):
+        if request.best_effort and self.queues.missing(request.hosted, stage):
             self._answer_spoken(request, chunk.rows[request.open[chunk.rows]])
         open_ = request.open[chunk.rows]
         if open_.all():

@@ -16,4 +16,5 @@ class Settings:
     max_rows: int = 4096  # of one request
     max_connections: int = 256  # WebSockets and HTTP requests at the same time
     idle_seconds: float = 60.0  # a socket that says nothing, and owes nothing, for so long is closed; a body is read
+    drain_seconds: float = 30.0  # for what was accepted, once the server is told to stop
     send_seconds: float = 10.0  # a reader that does not take a message within this loses its connection

@@ -7,7 +7,8 @@ the host and the engine at that moment.
 Rows that ran on to the end in the background are a fair sample of all rows, whatever they asked for. The live risk is
 that of those the default plan answered: rows of another tolerance and those that were cut short are not among them. It
 is of the kind the artifact's tolerances bound, disagreement or regret, so it may stand beside what the artifact
-promises: the tolerance of its default plan, and the bound of its certificate where it has one.
+promises: the tolerance of its default plan, and the bound of its certificate where it has one. Every version of a model
+has a live risk of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from prometheus_client.registry import Collector
 from ..manifest import Manifest
 from .recording import Recording
 from .tally import ModelTally, StageTally
-from .work import Engine, Host, SegmentState, held
+from .work import VERSION_LENGTH, Engine, Host, SegmentState, held
 
 UNKNOWN = "(unknown)"  # all names that are not served: a client must not make labels
 _SHARES = (50.0, 95.0)
@@ -100,14 +101,15 @@ class Metrics(Collector):
         with self._lock:
             self._of(model).stage(stage).evictions += 1
 
-    def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None:
+    def watched(self, model: str, version: str, exit: int, agrees: bool, risk: float | None) -> None:
         with self._lock:
             tally = self._of(model).exit(exit)
             tally.watched += 1
             tally.disagree += not agrees
             if risk is not None:
-                tally.planned += 1
-                tally.risk += risk
+                planned = tally.planned_of(version)
+                planned.rows += 1
+                planned.risk += risk
 
     def unplaced(self, rows: int) -> None:
         with self._lock:
@@ -153,15 +155,16 @@ class Metrics(Collector):
         yield from self._promises(self._host)
 
     def _promises(self, host: Host) -> Iterator[Metric]:
-        labels = ("model", "risk")
+        labels = ("model", "risk", "version")
         tolerance = GaugeMetricFamily("offramp_tolerance", "Of the default plan, a share of rows", labels=labels)
         bound = GaugeMetricFamily("offramp_certified_bound", "On the risk of the default plan", labels=labels)
         for name in host.names():
-            manifest = _manifest(host, name)
+            manifest, version = _served(host, name)
             plan = manifest.plans[manifest.default_plan]
-            tolerance.add_metric((name, manifest.risk), plan.tolerance)
+            key = name, manifest.risk, version[:VERSION_LENGTH]
+            tolerance.add_metric(key, plan.tolerance)
             if plan.certificate is not None:
-                bound.add_metric((name, manifest.risk), plan.certificate.bound)
+                bound.add_metric(key, plan.certificate.bound)
         yield tolerance
         yield bound
 
@@ -173,18 +176,19 @@ class Metrics(Collector):
         segments: dict[str, list[SegmentState]] = {name: [] for name in host.names()}
         for segment in host.segments():
             segments.setdefault(segment.model, []).append(segment)
-        manifests = {name: _manifest(host, name) for name in host.names()}
+        served = {name: _served(host, name) for name in host.names()}
         with self._lock:
             models = {
-                name: _stats(manifest, self._models.get(name, ModelTally()), segments[name], name, depths)
-                for name, manifest in manifests.items()
+                name: _stats(manifest, version, self._models.get(name, ModelTally()), segments[name], name, depths)
+                for name, (manifest, version) in served.items()
             }
         return {"time": time.time(), "models": models}
 
 
-def _manifest(host: Host, name: str) -> Manifest:
+def _served(host: Host, name: str) -> tuple[Manifest, str]:
+    """The newest version's, and its digest."""
     with held(host, name) as hosted:
-        return hosted.manifest
+        return hosted.manifest, hosted.digest
 
 
 def _of_recording(recording: Recording | None) -> Iterator[Metric]:
@@ -203,13 +207,17 @@ def _of_recording(recording: Recording | None) -> Iterator[Metric]:
 
 def _stats(
     manifest: Manifest,
+    version: str,
     tally: ModelTally,
     segments: list[SegmentState],
     name: str,
     depths: Mapping[tuple[str, int], int],
 ) -> dict[str, Any]:
-    """One model: counts since the start, latencies in milliseconds over the last seconds."""
+    """One model: counts since the start, those beside its promise of this version; latencies in milliseconds over the
+    last seconds.
+    """
     now = time.monotonic()
+    planned = [left.planned[version] for left in tally.exits.values() if version in left.planned]
     plan = manifest.plans[manifest.default_plan]
     exits = []
     for index in range(len(manifest.exits)):
@@ -232,8 +240,8 @@ def _stats(
         "stages": stages,
         "watched": sum(left.watched for left in tally.exits.values()),
         "disagree": sum(left.disagree for left in tally.exits.values()),
-        "planned": sum(left.planned for left in tally.exits.values()),
-        "lost": sum(left.risk for left in tally.exits.values()),  # risk of the planned, summed
+        "planned": sum(each.rows for each in planned),
+        "lost": sum(each.risk for each in planned),  # risk of the planned, summed
         "risk": manifest.risk,
         "tolerance": plan.tolerance,
         "bound": plan.certificate.bound if plan.certificate else None,
@@ -290,10 +298,12 @@ def _of_exits(models: dict[str, ModelTally]) -> Iterator[Metric]:
     disagree = CounterMetricFamily(
         "offramp_watched_rows_disagree", "Of those, rows the backbone answers otherwise", labels=labels
     )
-    planned = CounterMetricFamily("offramp_planned_rows", "Of those, rows the default plan answered", labels=labels)
+    of_version = (*labels, "version")
+    planned = CounterMetricFamily("offramp_planned_rows", "Of those, rows the default plan answered", labels=of_version)
     risk = CounterMetricFamily(
-        "offramp_planned_rows_risk", "Their risk, summed: over their number it compares to the tolerance", labels=labels
-    )
+        "offramp_planned_rows_risk", "Their risk, summed: over their number it compares to the version's tolerance",
+        labels=of_version,
+    )  # fmt: skip
     for name, tally in models.items():
         for index, left in tally.exits.items():
             key = (name, str(index))
@@ -301,8 +311,9 @@ def _of_exits(models: dict[str, ModelTally]) -> Iterator[Metric]:
             seconds.add_metric(key, left.seconds.buckets(), left.seconds.sum)
             watched.add_metric(key, left.watched)
             disagree.add_metric(key, left.disagree)
-            planned.add_metric(key, left.planned)
-            risk.add_metric(key, left.risk)
+            for version, each in left.planned.items():
+                planned.add_metric((*key, version[:VERSION_LENGTH]), each.rows)
+                risk.add_metric((*key, version[:VERSION_LENGTH]), each.risk)
     yield from (rows, seconds, watched, disagree, planned, risk)
 
 

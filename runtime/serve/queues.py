@@ -10,7 +10,8 @@ Within a model, of the queues whose stage is in memory:
    company no longer than the budget. Were it counted from acceptance at every stage, a full server would run deep
    stages on whatever few rows are there: all its rows are old.
 2. Where none is ready, the shallowest, so that survivors gather for the deep stages.
-Watched rows fill the room that live rows leave in a batch, and run alone where no live row can run.
+Watched rows fill the room that live rows leave in a batch, and run alone where no live row can run; so does one batch
+in a few of those that have waited for long, for a version that was replaced has no live rows any more.
 
 Nothing here locks, and nothing waits: the engine calls it under its own lock.
 """
@@ -18,18 +19,22 @@ Nothing here locks, and nothing waits: the engine calls it under its own lock.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from .requests import Chunk, Request
+from .work import Hosted
+
+_EVERY, _LONG = 16, 5.0  # of so many claims one may be for rows that were watched so many seconds ago
 
 
 class Place(NamedTuple):
     """Where rows wait that one batch may hold."""
 
-    digest: str  # of the model's version
+    version: Hosted  # itself: two names may have the same artifact, and each has memory of its own
     stage: int
     shapes: tuple[tuple[int, ...], ...]  # of the values, without the batch dimension
 
@@ -135,7 +140,7 @@ class Queues:
     def __init__(self, max_batch: int, latency_budget: float) -> None:
         self._max_batch, self._budget = max_batch, latency_budget
         self._lanes: dict[str, Lane] = {}
-        self._missing: set[tuple[str, int]] = set()  # (digest, stage) not in memory
+        self._missing: set[tuple[Hosted, int]] = set()  # stages of a version not in memory
         self._order = itertools.count(1)
         self.generation = 0  # of what is known of the memory; grows by `changed`
         self.pushed = False  # there is something new; whoever wakes the workers resets it
@@ -154,7 +159,7 @@ class Queues:
         """Queue a chunk for a stage of its version."""
         lane = self.lane(chunk.request.model)
         shapes = tuple(value.shape[1:] for value in chunk.values.values())
-        place = Place(chunk.request.hosted.digest, stage, shapes)
+        place = Place(chunk.request.hosted, stage, shapes)
         queue = lane.queues.get(place)
         if queue is None:
             queue = lane.queues[place] = Queue(lane, place)
@@ -168,18 +173,18 @@ class Queues:
             queue.remove(chunk)
             self._tidy(queue)
 
-    def waiting(self, digest: str, stage: int) -> list[Chunk]:
+    def waiting(self, version: Hosted, stage: int) -> list[Chunk]:
         """All chunks that wait for a stage, whatever their shapes."""
-        return [chunk for queue in self if queue.place[:2] == (digest, stage) for chunk in queue]
+        return [chunk for queue in self if queue.place[:2] == (version, stage) for chunk in queue]
 
-    def missing(self, digest: str, stage: int) -> bool:
+    def missing(self, version: Hosted, stage: int) -> bool:
         """Whether the stage was not in memory when last asked for, and nothing has changed since."""
-        return (digest, stage) in self._missing
+        return (version, stage) in self._missing
 
-    def block(self, digest: str, stage: int, generation: int) -> None:
+    def block(self, version: Hosted, stage: int, generation: int) -> None:
         """Pass by a stage that is not in memory, unless something has changed since `generation`."""
         if generation == self.generation:
-            self._missing.add((digest, stage))
+            self._missing.add((version, stage))
 
     def changed(self) -> None:
         """Stages were loaded: ask for all of them again."""
@@ -188,20 +193,21 @@ class Queues:
 
     def claim(self, now: float) -> Claim | None:
         """The queue to draw from next; None where no row can run. `done` ends the claim."""
+        number = next(self._order)
         runnable: dict[Lane, list[Queue]] = {}
         for lane in self._lanes.values():
             if lane.queues and (queues := self._runnable(lane)):
                 runnable[lane] = queues
         self._awake(runnable)
-        if runnable:
+        watched = self._watched(now if runnable else math.inf) if not runnable or number % _EVERY == 0 else None
+        if watched is not None:
+            queue = watched
+        elif runnable:
             lane = min(runnable, key=_turn) if len(runnable) > 1 else next(iter(runnable))
             queue = self._choose(runnable[lane], now)
-            lane.served = next(self._order)
+            lane.served = number
         else:
-            idle = [queue for queue in self if queue.background.rows and not queue.claims and self._here(queue)]
-            if not idle:
-                return None
-            queue = min(idle, key=lambda queue: (queue.place.stage, queue.background.since))
+            return None
         queue.claims += 1
         queue.lane.running += 1
         first = next(iter(queue)).request
@@ -240,6 +246,16 @@ class Queues:
 
     def _here(self, queue: Queue) -> bool:
         return not self._missing or queue.place[:2] not in self._missing
+
+    def _watched(self, now: float) -> Queue | None:
+        """The queue of watched rows to run alone, of those that have waited for long at `now`."""
+        late = now - _LONG
+        idle = [
+            queue
+            for queue in self
+            if queue.background.rows and not queue.claims and queue.background.since <= late and self._here(queue)
+        ]
+        return min(idle, key=lambda queue: (queue.place.stage, queue.background.since), default=None)
 
     def _runnable(self, lane: Lane) -> list[Queue]:
         """Queues with live rows beyond those that workers are about to draw."""

@@ -186,6 +186,7 @@ class Shelf:
         with self.lock:
             quiet = job.uses == self._uses
             part.fill(stages, quiet)
+            part.error = None
             if part.least > self._budget:
                 part.leaving = True
                 if part.certain:

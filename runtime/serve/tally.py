@@ -76,6 +76,14 @@ class Recent:
 
 
 @dataclass
+class PlannedTally:
+    """Watched rows of one version that its default plan answered."""
+
+    rows: int = 0
+    risk: float = 0.0  # of their answers, summed
+
+
+@dataclass
 class ExitTally:
     """Rows that left at one exit."""
 
@@ -84,8 +92,11 @@ class ExitTally:
     recent: Recent = field(default_factory=Recent)
     watched: int = 0  # rows answered here that ran on to the end
     disagree: int = 0  # of those, answered otherwise by the backbone
-    planned: int = 0  # of the watched, those that the default plan answered
-    risk: float = 0.0  # of these answers, summed
+    planned: dict[str, PlannedTally] = field(default_factory=dict)  # of the watched, by the version's digest
+
+    def planned_of(self, version: str) -> PlannedTally:
+        """Made where it has none."""
+        return self.planned.setdefault(version, PlannedTally())
 
 
 @dataclass

@@ -98,7 +98,7 @@ class Watching:
             agrees = bool(early.argmax() == final.argmax())
             risk = _risk(request.hosted.manifest.risk, early, final) if planned[place] else None
             after.append(partial(recorder.record, sample))
-            after.append(partial(self._observer.watched, request.model, exit, agrees, risk))
+            after.append(partial(self._observer.watched, request.model, request.hosted.digest, exit, agrees, risk))
         self.leave(request, rows[here])
 
 

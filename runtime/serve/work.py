@@ -23,6 +23,8 @@ from ..execution import Stage
 from ..inputs import Batch
 from ..manifest import Manifest
 
+VERSION_LENGTH = 12  # of a digest's characters, where people tell versions apart by them
+
 
 @dataclass(frozen=True)
 class Leaving:
@@ -193,9 +195,10 @@ class Observer(Protocol):
 
     def evicted(self, model: str, stage: int) -> None: ...
 
-    def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None:
-        """A watched row reached the end. `risk` of its answer, of the kind its manifest's tolerances bound; None where
-        no tolerance of the default plan speaks of it: it asked for another, or was cut short.
+    def watched(self, model: str, version: str, exit: int, agrees: bool, risk: float | None) -> None:
+        """A watched row reached the end of the version with this digest. `risk` of its answer, of the kind its
+        manifest's tolerances bound; None where no tolerance of the default plan speaks of it: it asked for another, or
+        was cut short.
         """
 
     def unplaced(self, rows: int) -> None:
@@ -221,6 +224,6 @@ class Silent:
 
     def evicted(self, model: str, stage: int) -> None: ...
 
-    def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None: ...
+    def watched(self, model: str, version: str, exit: int, agrees: bool, risk: float | None) -> None: ...
 
     def unplaced(self, rows: int) -> None: ...

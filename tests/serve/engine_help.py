@@ -261,7 +261,7 @@ class Journal:
 
     def evicted(self, model: str, stage: int) -> None: ...
 
-    def watched(self, model: str, exit: int, agrees: bool, risk: float | None) -> None:
+    def watched(self, model: str, version: str, exit: int, agrees: bool, risk: float | None) -> None:
         self.watched_.append((model, exit, agrees))
         self.risks_.append(risk)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -19,8 +19,14 @@ from offramp.runtime.serve.requests import Chunk, Request
 from offramp.runtime.serve.work import Hosted
 
 
+@functools.cache
+def _version(model: str, number: int) -> object:
+    """The same for the same words; the queues ask nothing of it."""
+    return object()
+
+
 def request(model: str = "a", rows: int = 1000, version: int = 0) -> Request:
-    hosted = cast("Hosted", SimpleNamespace(digest=f"{model}{version}"))
+    hosted = cast("Hosted", _version(model, version))
     nothing = np.zeros(rows, bool)
     return Request(
         model, hosted, np.zeros((rows, 2), np.float32), lambda leaving: None, 0.0, False, False,
@@ -123,7 +129,7 @@ def test_a_model_whose_stage_was_missing_does_not_catch_up() -> None:
     queues = Queues(1, 100.0)
     for model in "ab":
         queues.push(chunk(request(model), 60), 0)
-    queues.block("a0", 0, queues.generation)
+    queues.block(request("a").hosted, 0, queues.generation)
     assert [serve(queues, 0.0) for _ in range(20)] == [("b", 0, 1)] * 20
     queues.changed()
     assert [serve(queues, 0.0) for _ in range(10)].count(("a", 0, 1)) == 5
@@ -135,9 +141,9 @@ def test_what_changed_since_is_not_passed_by() -> None:
     claim = queues.claim(0.0)
     assert claim is not None
     queues.changed()  # loaded between the take and the note of it
-    queues.block("a0", 0, claim.generation)
+    queues.block(request("a").hosted, 0, claim.generation)
     queues.done(claim)
-    assert not queues.missing("a0", 0)
+    assert not queues.missing(request("a").hosted, 0)
     assert serve(queues, 0.0) == ("a", 0, 3)
 
 
@@ -214,7 +220,7 @@ def test_every_row_is_drawn_once_in_whatever_order_workers_come(
                 queues.drop(piece)
                 drawn += len(piece.rows)
         elif kind == "block":
-            queues.block(f"{'ab'[which % 2]}0", which % 3, queues.generation)
+            queues.block(request("ab"[which % 2]).hosted, which % 3, queues.generation)
         elif kind == "changed":
             queues.changed()
     for claim in claims:
@@ -300,3 +306,15 @@ def test_a_call_that_fails_stops_no_other(caplog: pytest.LogCaptureFixture) -> N
     assert last.wait(PATIENCE)
     clock.close()
     assert "failed" in caplog.text
+
+
+def test_watched_rows_of_a_replaced_version_get_on_although_there_always_are_live_ones() -> None:
+    queues = Queues(8, 0.0)
+    queues.push(chunk(request(version=0), 3, since=0.0, live=False), 2)
+    served = []
+    for second in range(60):
+        queues.push(chunk(request(version=1), 8, float(second)), 0)
+        served.append(serve(queues, float(second)))
+    assert served.count(("a", 2, 3)) == 1
+    assert served.index(("a", 2, 3)) > 4, "not before it has waited for long"
+    assert served.count(("a", 0, 8)) == 59

@@ -235,3 +235,29 @@ def test_neighbours_that_raise_cost_nobody_a_row(
     assert {"a bug in the web part", "a bug in the metrics"} <= {
         str(record.exc_info[1]) for record in caplog.records if record.exc_info
     }
+
+
+def test_a_name_with_the_same_artifact_does_not_wait_for_another_s_memory(start: Start, host: FakeHost) -> None:
+    first, second = host.models["a"], host.models["b"]
+    second.digest = first.digest
+    first.evict(1)
+    engine = start()
+    waiting = ask(engine, rows_at(2, 1))
+    missed(host)
+    assert ask(engine, rows_at(2, 3), model="b").wait().exits() == [2] * 3
+    assert ask(engine, rows_at(2, 3), Asked(best_effort=True), model="b").wait().exits() == [2] * 3
+    first.failures[1] = ArtifactError("altered")
+    host.changed()
+    assert isinstance(waiting.wait().errors[0], ArtifactError)
+    host.at_rest()
+
+
+def test_what_is_refused_at_the_end_is_said(start: Start, host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
+    engine = start()
+    host.models["a"].evict(2)
+    receiver = ask(engine, rows_at(2, 3))
+    missed(host)
+    with caplog.at_level(logging.WARNING):
+        engine.close(0.0)
+    assert len(receiver.wait().errors) == 3
+    assert "3 rows that were accepted are refused" in caplog.text

@@ -331,3 +331,14 @@ def wants_one(bench: Bench, model: int, depth: int, possible: bool) -> None:
             continue
         bench.work()
     raise AssertionError("it never came")
+
+
+def test_an_error_does_not_outlive_a_loading_that_worked(made: tuple[Artifact, Stage]) -> None:
+    bench = Bench(*made, 15, [[10], [10]])
+    assert bench.take(0, 0) is None
+    bench.step(fail=True)
+    bench.shelf.forget([])  # another version went, so that all may be tried again
+    bench.models[0][0].error = ArtifactError("of long ago")
+    bench.step()
+    assert bench.inside() == {(0, 0)}
+    assert bench.models[0][0].error is None

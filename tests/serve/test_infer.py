@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import json
 import re
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +21,7 @@ from tritonclient.utils import InferenceServerException
 from web_help import Answer, Served, ask, expected, mixed, served, until
 
 from offramp.runtime.errors import ArtifactError, BusyError, OfframpError, StorageError
+from offramp.runtime.serve import infer
 from offramp.runtime.serve.infer import Answers
 from offramp.runtime.serve.limits import Settings
 from offramp.runtime.serve.work import Leaving
@@ -420,3 +424,32 @@ def test_other_paths_and_methods_are_json_too(running: Served) -> None:
     assert ask(running, "/v2/nothing").error == "Not Found"
     assert ask(running, INFER).status == 405
     assert "no model" in ask(running, "/v2/models/nothing").error
+
+
+def test_a_request_that_waits_keeps_nothing_of_its_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parsed(dict[str, Any]):
+        """One that can be referred to weakly."""
+
+    seen: list[weakref.ref[Parsed]] = []
+    parse = infer.parse_object
+
+    def noted(*given: Any) -> dict[str, Any]:
+        found = Parsed(parse(*given))
+        seen.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(infer, "parse_object", noted)
+    with served() as running:
+        running.engine.go.clear()
+        inputs = [
+            {"name": name, "datatype": "FP32", "shape": list(values.shape), "data": values.tolist()}
+            for name, values in batch(2).items()
+        ]
+        body = json.dumps({"inputs": inputs}).encode()
+        thread = threading.Thread(target=ask, args=(running, "/v2/models/tiny/infer", "POST", body))
+        thread.start()
+        until(lambda: len(running.engine.tickets) == 1)
+        gc.collect()
+        assert [each() for each in seen] == [None]
+        running.engine.go.set()
+        thread.join()

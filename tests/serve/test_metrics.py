@@ -37,6 +37,10 @@ def value(found: Samples, name: str, **labels: str) -> float:
     return found[name, frozenset(labels.items())]
 
 
+DIGEST = "00" + "a" * 62  # of the fake host's first model
+VERSION = DIGEST[:12]
+
+
 def test_every_event_is_counted_where_it_belongs() -> None:
     metrics, _, _ = watching()
     metrics.accepted("tiny", 10)
@@ -54,7 +58,7 @@ def test_every_event_is_counted_where_it_belongs() -> None:
     metrics.loaded("tiny", 1, 0.25, 1000)
     metrics.evicted("tiny", 1)
     for agrees in (True, True, False):
-        metrics.watched("tiny", 0, agrees, None if agrees else 0.25)
+        metrics.watched("tiny", DIGEST, 0, agrees, None if agrees else 0.25)
     found = samples(metrics)
     assert value(found, "offramp_requests_total", model="tiny") == 2
     assert value(found, "offramp_rows_total", model="tiny") == 15
@@ -79,10 +83,24 @@ def test_every_event_is_counted_where_it_belongs() -> None:
     assert value(found, "offramp_evictions_total", model="tiny", stage="1") == 1
     assert value(found, "offramp_watched_rows_total", model="tiny", exit="0") == 3
     assert value(found, "offramp_watched_rows_disagree_total", model="tiny", exit="0") == 1
-    assert value(found, "offramp_planned_rows_total", model="tiny", exit="0") == 1
-    assert value(found, "offramp_planned_rows_risk_total", model="tiny", exit="0") == 0.25
+    assert value(found, "offramp_planned_rows_total", model="tiny", exit="0", version=VERSION) == 1
+    assert value(found, "offramp_planned_rows_risk_total", model="tiny", exit="0", version=VERSION) == 0.25
     stats = metrics.stats()["models"]["tiny"]
     assert (stats["watched"], stats["disagree"], stats["planned"], stats["lost"]) == (3, 1, 1, 0.25)
+
+
+def test_the_live_risk_is_of_the_version_that_is_served() -> None:
+    metrics, host, _ = watching()
+    for _ in range(100):
+        metrics.watched("tiny", DIGEST, 0, False, 1.0)
+    host.swap("tiny")
+    new = host.models["tiny"].digest
+    metrics.watched("tiny", new, 0, True, 0.0)
+    stats = metrics.stats()["models"]["tiny"]
+    assert (stats["watched"], stats["planned"], stats["lost"]) == (101, 1, 0.0)
+    found = samples(metrics)
+    for version, rows in ((VERSION, 100), (new[:12], 1)):
+        assert value(found, "offramp_planned_rows_total", model="tiny", exit="0", version=version) == rows
 
 
 def test_what_is_not_recorded_is_counted(tmp_path: Path) -> None:
@@ -111,8 +129,8 @@ def test_memory_queues_and_promises_are_those_of_the_moment() -> None:
     assert value(found, "offramp_segment_bytes", model="tiny", stage="1") == 2 << 20
     assert value(found, "offramp_segment_bytes", model="tiny", stage="2") == 0
     assert value(found, "offramp_queue_rows", model="tiny", stage="1") == 12
-    assert value(found, "offramp_tolerance", model="tiny", risk="disagreement") == 0.01
-    assert value(found, "offramp_certified_bound", model="tiny", risk="disagreement") == 0.008701
+    assert value(found, "offramp_tolerance", model="tiny", risk="disagreement", version=VERSION) == 0.01
+    assert value(found, "offramp_certified_bound", model="tiny", risk="disagreement", version=VERSION) == 0.008701
     host.loaded["tiny", 2] = True
     engine.waiting["tiny", 1] = 0
     found = samples(metrics)
@@ -137,7 +155,7 @@ def test_counts_from_many_threads_lose_nothing() -> None:
         for number in range(300):
             metrics.accepted("tiny", 2)
             metrics.answered("tiny", number % 3, np.full(2, 0.001), False)
-            metrics.watched("tiny", 0, number % 2 == 0, None)
+            metrics.watched("tiny", DIGEST, 0, number % 2 == 0, None)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
