@@ -1,12 +1,13 @@
 """What fp16 and int8 stages bring on this machine: size, time, compute saved and what the answers pay for it.
 
     python -m benchmarks.precision [--tasks resnet20] [--precisions fp32 fp16 int8] [--batches 1 32] [--tolerance 0.02]
+        [--epochs 30]
 
 Compiles with the heads that `benchmarks.heads` has trained, once at every precision under the same tolerance, which
 holds for exits and precision together. Every artifact is timed against the plain float32 backbone in ONNX Runtime on
-its own test rows, interleaved round by round; once as it is, once with infinite thresholds, where only the precision
-can save time. Disagreement is with the float32 backbone, on the test rows. Writes benchmarks/results/precision.json and
-the README's table.
+its own test rows, interleaved round by round, all sessions on one pool of threads; once as it is, once with infinite
+thresholds, where only the precision can save time. Disagreement is with the float32 backbone, on the test rows. Writes
+benchmarks/results/precision.json and the README's table.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS
 from benchmarks.trained import heads_of, made_ready, options_of
-from offramp.compiler import PRECISIONS, finish
+from offramp.compiler import PRECISIONS, Training, finish
 from offramp.compiler.measure import Bench, machine, versions
+from offramp.runtime import share_threads
 from offramp.runtime.artifact import open_artifact
 from offramp.runtime.errors import ToleranceError
 from offramp.runtime.table import percent
@@ -38,11 +40,11 @@ HEAD = (
 
 
 def measured(
-    name: str, precisions: Sequence[str], batches: Sequence[int], tolerance: float, threads: int, seed: int
+    name: str, precisions: Sequence[str], batches: Sequence[int], tolerance: float, epochs: int, threads: int, seed: int
 ) -> list[dict[str, Any]]:
     """One task's artifact at every precision."""
     task = TASKS[name](seed)
-    options = options_of(task, KIND, seed=seed, threads=threads, batches=(), targets=("onnx-segments",))
+    options = options_of(task, KIND, epochs, seed=seed, threads=threads, batches=(), targets=("onnx-segments",))
     ready = made_ready(task, options)
     assert ready.plain is not None
     heads = heads_of(task, ready, options, KIND)
@@ -109,12 +111,15 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--epochs", type=int, default=Training.epochs, help="that the heads were trained for")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    given = (args.precisions, args.batches, args.tolerance, args.threads, args.seed)
+    share_threads(args.threads)
+    given = (args.precisions, args.batches, args.tolerance, args.epochs, args.threads, args.seed)
     results = [row for name in args.tasks for row in measured(name, *given)]
     told = {"command": "python -m benchmarks.precision", "machine": machine(), "versions": versions(), "rounds": ROUNDS}
+    told |= {"epochs": args.epochs, "threads": args.threads}
     RESULTS.write_text(json.dumps({**told, "seed": args.seed, "results": results}, indent=1) + "\n")
     replace_block("precision", table(results))
 

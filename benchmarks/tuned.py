@@ -4,8 +4,8 @@
 
 Compiles with the heads that `benchmarks.heads` has trained, exits chosen by FLOPs, tunes for every batch size, and
 times both against the plain backbone in ONNX Runtime on the artifact's own test rows, each pair interleaved round by
-round. Disagreement is that of the test rows. Writes benchmarks/results/tuned.json, keeping tasks that are not asked
-for, and the README's table.
+round, all sessions on one pool of threads. Disagreement is that of the test rows. Writes benchmarks/results/tuned.json,
+keeping tasks that are not asked for, and the README's table.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks.tasks import TASKS
 from benchmarks.trained import heads_of, made_ready, options_of
 from offramp.compiler import Training, finish
 from offramp.compiler.measure import Bench, machine, versions
+from offramp.runtime import share_threads
 from offramp.runtime.artifact import open_artifact
 from offramp.runtime.table import percent
 from offramp.runtime.tune import Objective, tune
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    share_threads(args.threads)
     before = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
     rows = [row for row in before if row["task"] not in args.tasks]
     rows += [row for name in args.tasks for row in measured(name, args.batches, args.epochs, args.threads, args.seed)]

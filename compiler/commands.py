@@ -157,7 +157,7 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
         "add accuracies to the report. An interrupted compile, started again, goes on where it was."
     )
     parser.epilog = (
-        "example:\n  offramp compile zoo:resnet20 --weights resnet20.safetensors --data images.npy \\\n"
+        "example:\n  offramp compile mymodels:resnet20 --weights resnet20.safetensors --data images.npy \\\n"
         "      --tolerance 0.01 -o resnet20.offramp\n\n"
         "Then: offramp inspect resnet20.offramp, and open resnet20.offramp/report.html."
     )

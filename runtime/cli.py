@@ -40,8 +40,8 @@ _ROAD = ("candidates", "space", "compile", "inspect", "run", "tune", "serve", "d
 
 _EPILOG = """\
 the road:
-  offramp candidates zoo:resnet20 --data images.npy            where could exits go?
-  offramp compile zoo:resnet20 --weights resnet20.safetensors \\
+  offramp candidates mymodels:resnet20 --data images.npy       where could exits go?
+  offramp compile mymodels:resnet20 --weights resnet20.safetensors \\
       --data images.npy --tolerance 0.01 -o resnet20.offramp    build them, 1 % disagreement allowed
   offramp inspect resnet20.offramp                              what did it save?
   offramp run resnet20.offramp --data images.npy -o answers.npz

@@ -172,7 +172,7 @@ def test_the_overview_lists_every_command_and_the_road(capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     places = [out.index(f"\n  {name} ") for name in ("candidates", "compile", "inspect", "run", "demo")]
     assert places == sorted(places)
-    assert "offramp compile zoo:resnet20" in out
+    assert "offramp compile mymodels:resnet20" in out
     assert main([]) == 2
 
 
