@@ -5,9 +5,9 @@
 
 Compiles with the heads that `benchmarks.heads` has trained, once at every precision under the same tolerance, which
 holds for exits and precision together. Every artifact is timed against the plain float32 backbone in ONNX Runtime on
-its own test rows, interleaved round by round, all sessions on one pool of threads; once as it is, once with infinite
-thresholds, where only the precision can save time. Disagreement is with the float32 backbone, on the test rows. Writes
-benchmarks/results/precision.json and the README's table.
+its own test rows, interleaved round by round; once as it is, once with infinite thresholds, where only the precision
+can save time. One thread: ONNX Runtime's tools that make int8 of float32 cannot share a pool. Disagreement is with the
+float32 backbone, on the test rows. Writes benchmarks/results/precision.json and the README's table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from benchmarks.tasks import TASKS
 from benchmarks.trained import heads_of, made_ready, options_of
 from offramp.compiler import PRECISIONS, Training, finish
 from offramp.compiler.measure import Bench, machine, versions
-from offramp.runtime import share_threads
 from offramp.runtime.artifact import open_artifact
 from offramp.runtime.errors import ToleranceError
 from offramp.runtime.table import percent
@@ -112,10 +111,9 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--epochs", type=int, default=Training.epochs, help="that the heads were trained for")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    share_threads(args.threads)
     given = (args.precisions, args.batches, args.tolerance, args.epochs, args.threads, args.seed)
     results = [row for name in args.tasks for row in measured(name, *given)]
     told = {"command": "python -m benchmarks.precision", "machine": machine(), "versions": versions(), "rounds": ROUNDS}

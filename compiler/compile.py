@@ -30,6 +30,7 @@ from offramp.runtime.artifact import check_output, write_artifact
 from offramp.runtime.data import ArrayRows, Rows, fit_rows
 from offramp.runtime.errors import InputError, NoCandidateError, UsageError
 from offramp.runtime.manifest import Manifest
+from offramp.runtime.process import threads_are_shared
 from offramp.runtime.selection import (
     CERTIFIED,
     check_rows,
@@ -47,7 +48,7 @@ from .independence import INDEPENDENT, keep_independent
 from .lower import lowered
 from .memory import give_back, groups
 from .package import Job, Options, Ready, input_specs, pack
-from .precision import FP32
+from .precision import FP32, INT8
 from .progress import Say
 from .record import Recording, calibrate, record
 from .search import NONE, Found, search_heads, shortlist_over
@@ -147,6 +148,11 @@ def prepare(
     found = find_candidates(backbone, limits=options.limits)
     found = keep_independent(backbone, found, bind(backbone.inputs, example, backbone.name))
     plain = plain_model(backbone, options.forms)  # an operator no target can express is better found before training
+    if options.precision == INT8 and threads_are_shared():
+        raise UsageError(
+            "int8 is made by ONNX Runtime's own tools, whose sessions want threads of their own; "
+            "compile in a process that does not call share_threads"
+        )
     if options.precision != FP32 and options.targets is None:
         say(f"{options.precision} stages are emitted as {' and '.join(options.forms)} only")
     candidates = choose_candidates(backbone, found, options.max_candidates)

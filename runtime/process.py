@@ -103,6 +103,11 @@ def started(ort: Any, proto: bytes, options: Any, providers: list[Any]) -> Any:
         return start()
 
 
+def threads_are_shared() -> bool:
+    """Whether `share_threads` was called: no session of this process can have threads of its own any more."""
+    return bool(_shared)
+
+
 def limit_memory(bound: int) -> None:
     """Let the arena that all our sessions of this process share take `bound` bytes at most, weights not counted.
 

@@ -5,6 +5,7 @@ What concerns artifacts, providers and a missing onnxruntime is tested with the 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import pickle
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import INF, Chain
+from models import INF, Chain, rows
 from torch import nn
 from torch.export import Dim, export
 
@@ -442,3 +443,10 @@ def test_the_demo_replaces_no_file_but_its_own(here: Path, capsys: pytest.Captur
     Path("digits.npz").write_bytes(b"")
     assert cli.main(["demo", "-o", "digits"]) == 2
     assert Path("digits.npz").read_bytes() == b""
+
+
+def test_int8_is_not_made_where_threads_are_shared(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    monkeypatch.setattr("offramp.compiler.compile.threads_are_shared", lambda: True)
+    options = dataclasses.replace(QUICK, precision="int8")
+    with pytest.raises(UsageError, match="compile in a process that does not call share_threads"):
+        compile(Chain(), rows(300).numpy(), here / "out", options=options)
