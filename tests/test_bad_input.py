@@ -446,7 +446,7 @@ def test_the_demo_replaces_no_file_but_its_own(here: Path, capsys: pytest.Captur
 
 
 def test_int8_is_not_made_where_threads_are_shared(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
-    monkeypatch.setattr("offramp.compiler.compile.threads_are_shared", lambda: True)
+    monkeypatch.setattr("offramp.runtime.process._shared", [2])
     options = dataclasses.replace(QUICK, precision="int8")
     with pytest.raises(UsageError, match="compile in a process that does not call share_threads"):
         compile(Chain(), rows(300).numpy(), here / "out", options=options)
