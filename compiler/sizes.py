@@ -155,18 +155,20 @@ class Trial:
     def all_agree(self) -> bool:
         """Whether the graph is right at the next smaller sizes, and wrong at none."""
         found = self._found()
-        return bool(found[0]) and False not in found
+        return bool(next(found)) and all(one is not False for one in found)
 
     def check(self, title: str) -> None:
         """Whatever was asked to be free is so at some other size at least, and then the graph is right."""
-        found = self._found()
         places = ", ".join(f"{dimension} of {name}" for name, own in self.free.places.items() for dimension in own)
-        if False in found:
-            raise ModelError(
-                f"{title}, exported, answers otherwise than itself when dimension {places} has another size; "
-                "leave dynamic out"
-            )
-        if True not in found:
+        runs = False
+        for one in self._found():
+            if one is False:
+                raise ModelError(
+                    f"{title}, exported, answers otherwise than itself when dimension {places} has another size; "
+                    "leave dynamic out"
+                )
+            runs = runs or one is True
+        if not runs:
             raise ModelError(f"{title} runs at no other size of dimension {places} than the data's; leave dynamic out")
 
     def from_one(self) -> Free:
@@ -175,10 +177,15 @@ class Trial:
         wider = replace(self.free, ranges=ranges)
         return wider if self.agrees(wider.within(lambda n, least, most: least)) else self.free
 
-    def _found(self) -> list[bool | None]:
+    def _found(self) -> Iterator[bool | None]:
+        """What `agrees` says of one size after the other, the first of `_OTHERS` first; each is tried once."""
         broken = (_breaking(condition, self.free) for condition in self.free.conditions)
-        tried = [*(self.free.within(size) for size in _OTHERS), *(sizes for sizes in broken if sizes)]
-        return [self.agrees(sizes) for sizes in tried]
+        tried: set[tuple[int, ...]] = set()
+        for sizes in itertools.chain(map(self.free.within, _OTHERS), filter(None, broken)):
+            key = tuple(sizes[symbol] for symbol in self.free.data)
+            if key not in tried:
+                tried.add(key)
+                yield self.agrees(sizes)
 
 
 def _breaking(condition: Symbol, free: Free) -> dict[Symbol, int] | None:
