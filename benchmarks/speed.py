@@ -210,7 +210,8 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     answers: Mapping[str, Any] = {} if kept is None else kept["answers"]
     new = {key: judged(variant, ready, JUDGED, truth) for key, variant in alone.items() if key not in answers}
     told["answers"] = {**answers, **new}
-    told["smaller"] = {key: one.what for key, one in smaller.items()}
+    known = {} if kept is None else kept.get("smaller", {})  # of one that is not at hand this time too
+    told["smaller"] = {**known, **{key: one.what for key, one in smaller.items()}}
     told["memory"] = memory(ready, artifact, args.threads) if kept is None else kept["memory"]
     del variants  # their sessions
     sizes = {one["batch"]: one for one in kept["batches"]} if kept is not None else {}

@@ -140,20 +140,20 @@ def _trace_module(model: nn.Module, example: Mapping[str, torch.Tensor], signatu
         except ModelError:  # perhaps for the lengths alone; if not, the next attempt says so again
             pass
         else:
-            if not traced.free.places and not traced.free.settled:
-                return traced
-            trial = Trial(model, call, traced.module, traced.position, traced.free)
-            if not traced.free.settled and trial.all_agree():
+            trial = _trial(model, call, traced)
+            if not traced.free.settled and (not traced.free.places or trial.all_agree()):
                 return replace(traced, free=trial.from_one())
     traced = _exported(model, call, asked, signature, title)
-    for name, own in traced.free.settled.items():
-        for dimension, size in own.items():
-            raise ModelError(dimensions.fixed(title, name, dimension, size))
-    if not traced.free.places:
-        return traced
-    trial = Trial(model, call, traced.module, traced.position, traced.free)
-    trial.check(title)
+    if traced.free.settled:
+        raise ModelError(dimensions.fixed(title, *traced.free.settled[0]))
+    trial = _trial(model, call, traced)
+    if traced.free.places:
+        trial.check(title)
     return replace(traced, free=trial.from_one())
+
+
+def _trial(model: nn.Module, call: Call, traced: _Traced) -> Trial:
+    return Trial(model, call, traced.module, traced.position, traced.free)
 
 
 def _exported(
@@ -170,7 +170,7 @@ def _lifted(program: ExportedProgram, names: Sequence[str], signature: Signature
     batch = dimensions.batch_symbol(tensors, title)
     field = find_scores(fields(program), signature.output, batch, title)
     module = lift(program, names, field.node, title)
-    free = free_sizes(list(module.graph.find_nodes(op="placeholder")), program.range_constraints, batch)
+    free = free_sizes(module.graph.find_nodes(op="placeholder"), program.range_constraints, batch)
     return _Traced(module, field.position, batch, free)
 
 

@@ -87,7 +87,7 @@ def described(placeholders: Sequence[fx.Node], dynamic: Words, batch: str, free:
             )
     words |= _default_words(placeholders, words)
     spans: dict[str, Range] = {}
-    for size in (size for own in free.places.values() for size in own.values()):
+    for _, _, size in free.places:
         span, word = free.range_of(size), words[str(size)]
         spans[word] = _common(span, spans.get(word, span))
     return tuple(_input(node, words, spans) for node in placeholders)

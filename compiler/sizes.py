@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,11 +51,11 @@ _OTHERS: tuple[Callable[[int, int, int], int], ...] = (
 class Free:
     """Free dimensions of a graph's inputs, the batch aside."""
 
-    places: Mapping[str, Mapping[int, Symbol]]  # by input and dimension: its size
+    places: tuple[tuple[str, int, Symbol], ...]  # input, dimension, its size
     data: Sizes  # of the data, by symbol
     ranges: Mapping[Symbol, Range]  # by symbol
     conditions: tuple[Symbol, ...]  # true of the data, beside the ranges
-    settled: Mapping[str, Mapping[int, int]] = field(default_factory=dict)  # those that tracing found to be one size
+    settled: tuple[tuple[str, int, int], ...]  # likewise those that were asked to be free, and that tracing found fixed
 
     def range_of(self, size: Symbol) -> Range:
         """Of a symbol, or an expression that grows with its one symbol."""
@@ -77,30 +77,29 @@ class Free:
         return made
 
 
-def free_sizes(placeholders: Sequence[fx.Node], constraints: Mapping[Any, Any], batch: str) -> Free:
+def free_sizes(placeholders: Iterable[fx.Node], constraints: Mapping[Any, Any], batch: str) -> Free:
     """What torch found of an exported program's inputs."""
-    places: dict[str, dict[int, Symbol]] = {}
-    settled: dict[str, dict[int, int]] = {}
+    places: list[tuple[str, int, Symbol]] = []
+    settled: list[tuple[str, int, int]] = []
     data: dict[Symbol, int] = {}
-    conditions: dict[Symbol, None] = {}
+    environment: Any = None  # one for the whole program
     for node in placeholders:
         for dimension, size in enumerate(node.meta["val"].shape):
             if not dimension or not isinstance(size, torch.SymInt):
                 continue
             symbols = size.node.expr.free_symbols
-            if batch in map(str, symbols):
-                continue
             if not symbols:
-                settled.setdefault(str(node.target), {})[dimension] = int(size)
-                continue
-            environment = size.node.shape_env
-            known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
-            data |= {symbol: int(known[symbol]) for symbol in symbols}
-            places.setdefault(str(node.target), {})[dimension] = size.node.expr
-            conditions |= dict.fromkeys(environment.replace(guard.expr) for guard in environment.guards)
+                settled.append((str(node.target), dimension, int(size)))
+            elif batch not in map(str, symbols):
+                environment = size.node.shape_env
+                known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+                data |= {symbol: int(known[symbol]) for symbol in symbols}
+                places.append((str(node.target), dimension, size.node.expr))
     ranges = {symbol: _range(constraints.get(symbol)) for symbol in data}
+    guards = () if environment is None else environment.guards
+    conditions = dict.fromkeys(environment.replace(guard.expr) for guard in guards)
     told = tuple(c for c in conditions if c.free_symbols and c.free_symbols <= data.keys())
-    return Free(places, data, ranges, told, settled)
+    return Free(tuple(places), data, ranges, told, tuple(settled))
 
 
 def _range(known: Any) -> Range:
@@ -159,7 +158,7 @@ class Trial:
 
     def check(self, title: str) -> None:
         """Whatever was asked to be free is so at some other size at least, and then the graph is right."""
-        places = ", ".join(f"{dimension} of {name}" for name, own in self.free.places.items() for dimension in own)
+        places = ", ".join(f"{dimension} of {name}" for name, dimension, _ in self.free.places)
         runs = False
         for one in self._found():
             if one is False:
@@ -215,11 +214,7 @@ def _resized(example: Mapping[str, torch.Tensor], free: Free, sizes: Sizes) -> d
     """The same rows at other sizes: cut, or begun again where they end; a few of them where they are much longer."""
     longer = any(sizes[symbol] > 2 * n for symbol, n in free.data.items())
     made = {name: value[: _FEW if longer else None] for name, value in example.items()}
-    for name, dimension, size in _flat(free):
+    for name, dimension, size in free.places:
         wanted = max(1, int(size.subs(sizes)))
         made[name] = made[name].index_select(dimension, torch.arange(wanted) % example[name].shape[dimension])
     return made
-
-
-def _flat(free: Free) -> Iterator[tuple[str, int, Symbol]]:
-    return ((name, dimension, size) for name, own in free.places.items() for dimension, size in own.items())

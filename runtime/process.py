@@ -53,6 +53,9 @@ def find_onnxruntime() -> Any:
         ) from error
 
 
+_MOST_THREADS = 4096
+
+
 def check_threads(threads: int | None) -> None:
     """None is ONNX Runtime's own count, the physical cores; 1 runs in the calling thread alone."""
     whole = isinstance(threads, int) and not isinstance(threads, bool)
@@ -61,8 +64,6 @@ def check_threads(threads: int | None) -> None:
             f"threads is {threads!r}; give a whole number from 1 to {_MOST_THREADS}, or None for the physical cores"
         )
 
-
-_MOST_THREADS = 4096
 
 _shared: list[int] = []  # threads of the process's pool, once `share_threads` has made it
 _arena: list[int] = []  # bytes that the process's arena may take, 0 for any, once it was made

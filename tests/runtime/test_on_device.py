@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Compiled
-from tiny import INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all
+from tiny import INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all, resident
 
 from offramp.runtime import ArtifactError, InputError, Session, TensorSpec, load
 from offramp.runtime import engine as engine_module
@@ -331,14 +331,10 @@ def test_a_value_does_not_hold_what_it_was_taken_from() -> None:
         return one
 
     whole = engine_module.upload(np.ones((8192, 1024), np.float32), engine_module.HOST)
-    before = _resident()
+    before = resident()
     kept = [taken(np.array([row]), taken(np.arange(8192), whole)) for row in range(6)]
     assert [value.shape() for value in kept] == [[1, 1024]] * 6
-    assert _resident() - before < 3 * 8192 * 1024 * 4
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+    assert resident() - before < 3 * 8192 * 1024 * 4
 
 
 @pytest.mark.parametrize("array", [np.array(True), np.zeros((2, 3)), np.asfortranarray(np.eye(3)), np.arange(8)[::2]])

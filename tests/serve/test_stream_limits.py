@@ -7,13 +7,12 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from stream_help import check, opened, read, send
-from tiny import batch
+from tiny import batch, resident
 from web_help import PATIENCE, Served, mixed, served, until
 from websockets.exceptions import ConnectionClosed
 
@@ -166,15 +165,11 @@ def raw(running: Served) -> socket.socket:
 def test_pings_of_one_who_does_not_read_do_not_pile_up() -> None:
     ping = b"\x89\xfd\0\0\0\0" + bytes(125)  # masked with zeros
     with served() as running, raw(running) as sock:
-        before = _resident()
+        before = resident()
         for _ in range(300):
             sock.sendall(ping * 500)
-        assert _resident() - before < 8 << 20, "19 MiB of pings were sent"
+        assert resident() - before < 8 << 20, "19 MiB of pings were sent"
         assert sock.recv(2).startswith(b"\x8a"), "the first ones were answered"
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 
 def test_a_reader_that_is_just_fast_enough_does_not_keep_the_server_alive() -> None:
