@@ -182,7 +182,7 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     rivalled = name in RIVALLED and args.earlyon is not None and len(manifest.exits) > 1
     smaller = smaller_models(name, ready, heads, Options.tolerance, args.lite)
     assert ready.plain is not None
-    rewritten = backbone_model(ready.backbone, blocks=True)
+    rewritten = backbone_model(ready.backbone, rewritten=True)
     models = {"plain": ready.plain, "rewritten": rewritten, **{key: one.model for key, one in smaller.items()}}
     opened = functools.partial(ours, models, artifact, by_flops, args.threads, rivalled)
     variants = opened()

@@ -114,7 +114,7 @@ def lowered(ready: Ready, heads: Sequence[Head], options: Options, say: Say) -> 
 
 def _emitted(ready: Ready, program: ExitProgram, options: Options) -> Emitted:
     """Checked as float32 stages, then converted."""
-    models = stage_models(program, blocks=False)
+    models = stage_models(program, rewritten=False)
     specs, files = emit(program, (SEGMENTS,), made=models)
     some = ready.splits.test[:_CHECKED_ROWS]
     answered = Stages(specs, [model_bytes(files, s.file) for s in specs]).answer(ready.rows, some, "float32 stages")

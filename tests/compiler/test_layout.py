@@ -86,7 +86,7 @@ def test_maps_that_fill_no_blocks_are_left_alone(width: int, wider: int) -> None
 
 
 def test_stages_that_will_be_converted_are_left_alone() -> None:
-    assert [pools(model) for model in stage_models(program_of(16, 32), blocks=False)] == [[], []]
+    assert [pools(model) for model in stage_models(program_of(16, 32), rewritten=False)] == [[], []]
 
 
 def test_the_same_answers_as_without() -> None:
@@ -94,7 +94,7 @@ def test_the_same_answers_as_without() -> None:
     rows = {"x": torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).numpy()}
     expected = program.all_exits(torch.from_numpy(rows["x"])).detach().numpy()
     for blocks in (True, False):
-        first, second = stage_models(program, blocks=blocks)
+        first, second = stage_models(program, rewritten=blocks)
         cut, early, _ = run(first, rows)
         late, _ = run(second, {second.graph.input[0].name: cut})
         np.testing.assert_allclose(np.stack([early, late]), expected, atol=1e-6)
@@ -103,7 +103,7 @@ def test_the_same_answers_as_without() -> None:
 def test_the_whole_model_may_be_laid_out_so_too() -> None:
     backbone = backbone_of(Maps(16, 32))
     rows = {"x": torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).numpy()}
-    plain, laid = (onnx.load_from_string(backbone_model(backbone, blocks=blocks).proto) for blocks in (False, True))
+    plain, laid = (onnx.load_from_string(backbone_model(backbone, rewritten=blocks).proto) for blocks in (False, True))
     assert pools(plain) == []
     assert pools(laid) == [], "no stage came before"
     assert [node.op_type for model in (plain, laid) for node in model.graph.node].count("Pad") == 1
@@ -128,7 +128,7 @@ class Bordered(nn.Module):
 @pytest.mark.parametrize("border", [0.0, 1.5])
 def test_a_border_is_not_merged_into_the_mean_behind_it(border: float) -> None:
     model = Bordered(border)
-    laid = onnx.load_from_string(backbone_model(backbone_of(model), blocks=True).proto)
+    laid = onnx.load_from_string(backbone_model(backbone_of(model), rewritten=True).proto)
     assert len(pools(laid)) == 1
     rows = torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_a_shortcut_that_is_handed_on_is_handed_on_as_it_came() -> None:
 def test_onnxruntime_makes_every_sum_a_part_of_its_convolution(tmp_path: Path) -> None:
     left = []
     for blocks in (True, False):
-        _, second = stage_models(program_of(16, 32), blocks=blocks)
+        _, second = stage_models(program_of(16, 32), rewritten=blocks)
         options = ort.SessionOptions()
         options.log_severity_level, options.optimized_model_filepath = 3, str(tmp_path / "optimised.onnx")
         ort.InferenceSession(second.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -107,7 +107,7 @@ def test_onnxruntime_computes_them_in_blocks(tmp_path: Path) -> None:
     for blocks in (False, True):
         options = ort.SessionOptions()
         options.log_severity_level, options.optimized_model_filepath = 3, str(tmp_path / "optimised.onnx")
-        model = backbone_model(backbone, blocks=blocks).proto
+        model = backbone_model(backbone, rewritten=blocks).proto
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         said.append(session.run(None, feed)[0])
         left.append(Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node))

@@ -126,7 +126,7 @@ def test_what_is_not_read_is_not_there(
 
 
 def test_the_plain_backbone_stays_as_it_came(backbone: Backbone) -> None:
-    plain, laid = (onnx.load_from_string(backbone_model(backbone, blocks=blocks).proto) for blocks in (False, True))
+    plain, laid = (onnx.load_from_string(backbone_model(backbone, rewritten=blocks).proto) for blocks in (False, True))
     assert strides(plain) == {f"layer{n}.0.{name}": [2, 2] for n in (1, 2) for name in ("first", "shortcut")}
     assert strides(laid) == {f"layer{n}.1.second": [2, 2] for n in (0, 1)}
     feed = {"x": images().numpy()}
