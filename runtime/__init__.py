@@ -13,8 +13,8 @@
 
 The flow, file by file: `artifact` opens and checks, `manifest` says what is in it, `engine` makes ONNX
 Runtime sessions, `inputs` checks a batch, `execution` runs stages and drops answered rows, `on_device` does so
-where values stay on a GPU, `session` is what a person holds. `data` reads data sets, `table` shows what was saved,
-`cli` is the console script.
+where values stay on a GPU and `replayed` there with CUDA graphs, `session` is what a person holds. `data` reads data
+sets, `table` shows what was saved, `cli` is the console script.
 Importing this package does not import onnxruntime; loading an artifact does.
 """
 

@@ -165,6 +165,9 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
         "--providers", metavar="P,...", help="ONNX Runtime providers in order (default: CUDA if there, CPU)"
     )
     parser.add_argument(
+        "--cuda-graphs", action="store_true", help="capture every stage once and replay it, for small models on a GPU"
+    )
+    parser.add_argument(
         "--preprocess",
         metavar="STEPS",
         help="for a folder of images, like resize=256,crop=224,std=0.5 (default: the artifact's own)",
@@ -182,7 +185,13 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"{out}: is a folder or lies in none; give a file name in a folder that exists")
     providers = args.providers.split(",") if args.providers else None
     with (
-        load(args.artifact, providers=providers, threads=args.threads, tolerance=args.tolerance) as session,
+        load(
+            args.artifact,
+            providers=providers,
+            threads=args.threads,
+            tolerance=args.tolerance,
+            cuda_graphs=args.cuda_graphs,
+        ) as session,
         arrays_at(out) as write,
     ):
         rows = _rows_for(session.manifest, args.data, args.preprocess, args.labels)

@@ -4,8 +4,8 @@ CUDA: a provider that was not asked for by name and does not start is done witho
 algorithms are chosen by cuDNN's heuristic: the default tries every one of them anew for every shape, and a batch that
 shrinks has many. TF32 is off: it keeps 10 bits of a factor, and thresholds and certificates are of float32 answers.
 Stages need no synchronisation of ours: a run returns when its device is done, so the next session may read what it
-made. CUDA graphs are left out: ONNX Runtime captures no model with an `If`, which every stage with a head has, and
-lets no two threads run one session that captures, which a `Session` promises. [onnxruntime.ai, CUDA provider]
+made. CUDA graphs are captured of sessions that are made for it, by calls that are `prepared`, each of which is one
+graph; what ONNX Runtime cannot capture runs without, with one warning. [onnxruntime.ai, CUDA provider]
 
 Refused: no onnxruntime, a provider that is not there or could not start, bytes that ONNX Runtime refuses.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import sys
 import tempfile
 import warnings
@@ -30,6 +31,8 @@ from .process import CPU, find_onnxruntime, reason_of, session_options, started
 CUDA = "CUDAExecutionProvider"
 DEFAULT_PROVIDERS = (CUDA, CPU)
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+CAPTURING = {**CUDA_OPTIONS, "enable_cuda_graph": "1"}
+_GRAPH, _NO_GRAPH = "gpu_graph_id", "-1"  # of a run: the graph it captures and replays; none
 HOST = "cpu"  # the device that arrays lie on
 Value = Any  # an OrtValue: a tensor on the host or on a device
 
@@ -59,19 +62,26 @@ class ModelBytes:
     external: Mapping[str, Chunks] = field(default_factory=dict)  # by the name under which the model knows them
 
 
+_graphs = itertools.count(1)  # numbers of CUDA graphs, each once in the process
+
+
 class EngineSession:
     """One ONNX model in ONNX Runtime."""
 
     def __init__(
-        self, model: bytes | ModelBytes, name: str, providers: list[str], threads: int | None, strict: bool
-    ) -> None:
-        """`name` is what errors call the model; `strict` refuses to go on without every provider listed."""
+        self, model: bytes | ModelBytes, name: str, providers: list[str], threads: int | None, strict: bool,
+        graphs: bool = False,
+    ) -> None:  # fmt: skip
+        """`name` is what errors call the model; `strict` refuses to go on without every provider listed.
+
+        With `graphs` CUDA captures what is `prepared`, and no two threads may run the session at the same time.
+        """
         ort = find_onnxruntime()
         given = ModelBytes(model) if isinstance(model, bytes) else model
         try:
             options = session_options(ort, threads)
             with _external(options, given.external):
-                self._session, reason = _started(ort, given.proto, options, providers)
+                self._session, reason = _started(ort, given.proto, options, providers, graphs)
         except (ArtifactError, UsageError):
             raise
         except OSError as error:
@@ -92,6 +102,8 @@ class EngineSession:
         self.name, self.threads = name, threads
         self.providers = list(self._session.get_providers())
         lost = [provider for provider in providers if provider not in self.providers]
+        self.uncaptured = reason if graphs and not lost else ""  # why CUDA captures nothing of it
+        self._uncaptured_run = _run_options(ort, _NO_GRAPH) if graphs else None
         reason = reason or "a driver or library is missing"
         if strict and lost:
             raise ProviderError(
@@ -121,17 +133,36 @@ class EngineSession:
         What is wanted on the host is copied there before the call returns, in the same wait for the device.
         """
         try:
-            binding = self._session.io_binding()  # one per call: threads may share a session
-            for name, value in feed.items():
-                binding.bind_ortvalue_input(name, value)
+            binding = self._bound(feed)  # one per call: threads may share a session
             for name, device in outputs.items():
                 binding.bind_output(name, device)
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._uncaptured_run)
             values: list[Value] = binding.get_outputs()
             binding.clear_binding_inputs()  # it lives as long as any of them, and would hold all it read
         except Exception as error:  # ONNX Runtime's errors share no other root
             raise self._failed(error) from error
         return values
+
+    def prepared(self, outputs: Mapping[str, Value], feed: Mapping[str, Value]) -> Callable[[], None]:
+        """A call that reads `feed` and writes `outputs`, the same memory every time; as a CUDA graph where it may."""
+        binding = self._bound(feed)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        options = _run_options(find_onnxruntime(), str(next(_graphs)))
+
+        def call() -> None:
+            try:
+                self._session.run_with_iobinding(binding, options)
+            except Exception as error:  # ONNX Runtime's errors share no other root
+                raise self._failed(error) from error
+
+        return call
+
+    def _bound(self, feed: Mapping[str, Value]) -> Any:
+        binding = self._session.io_binding()
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
 
     def _failed(self, error: Exception) -> InputError:
         return InputError(
@@ -141,15 +172,24 @@ class EngineSession:
 
 
 def start_sessions(
-    models: Iterable[tuple[str, bytes | ModelBytes]], providers: list[str], threads: int | None, strict: bool
-) -> list[EngineSession]:
+    models: Iterable[tuple[str, bytes | ModelBytes]], providers: list[str], threads: int | None, strict: bool,
+    graphs: bool = False,
+) -> list[EngineSession]:  # fmt: skip
     """A session for each name and model, in turn; `strict` refuses to go on without every provider listed.
 
-    Else the first that loses one warns, with `ProviderWarning`, and those after it do not try again.
+    Else the first that loses one warns, with `ProviderWarning`, and those after it do not try again. With `graphs`
+    CUDA captures them; the first that it cannot capture warns.
     """
-    sessions, left = [], providers
+    sessions: list[EngineSession] = []
+    left = providers
     for name, model in models:
-        session = EngineSession(model, name, left, threads, strict)
+        session = EngineSession(model, name, left, threads, strict, graphs)
+        if session.uncaptured and not any(one.uncaptured for one in sessions):
+            warnings.warn(
+                f"{name}: runs without a CUDA graph ({session.uncaptured}); do without CUDA graphs to silence this",
+                ProviderWarning,
+                stacklevel=3,  # whoever called `load`
+            )
         if session.lost and left is providers:
             warnings.warn(
                 f"{session.lost}; running on {', '.join(session.providers)}. Install what it needs, "
@@ -181,23 +221,44 @@ def upload(array: np.ndarray, device: str) -> Value:
         ) from error
 
 
+def room(shape: Sequence[int], element: object, device: str) -> Value:
+    """A value on a device, its contents still to be written; `element` is a numpy dtype or onnx.proto's number.
+
+    Raises `InputError` where it does not fit.
+    """
+    try:
+        return find_onnxruntime().OrtValue.ortvalue_from_shape_and_type(list(shape), element, device)
+    except Exception as error:  # ONNX Runtime's errors share no other root
+        raise InputError(
+            f"there is no room on {device} for values of shape {tuple(shape)} ({reason_of(error)}); "
+            "take a smaller batch"
+        ) from error
+
+
 def download(value: Value) -> np.ndarray:
     """A value's contents on the host; of one that lies there no copy is made."""
     array: np.ndarray = value.numpy()
     return array
 
 
-def _started(ort: Any, proto: bytes, options: Any, providers: list[str]) -> tuple[Any, str]:
-    """A session on `providers`; where CUDA fails, one without it, and why."""
+def _started(ort: Any, proto: bytes, options: Any, providers: list[str], graphs: bool) -> tuple[Any, str]:
+    """A session on `providers`; where CUDA fails, one without graphs or without CUDA, and why."""
     reason = _missing_driver() if CUDA in providers else ""
     if CUDA in providers and not reason:
-        with_options = [(name, CUDA_OPTIONS) if name == CUDA else name for name in providers]
-        try:
-            return started(ort, proto, options, with_options), ""
-        except Exception as error:  # noqa: BLE001  # a wrong model fails again below, a lost device does not
-            reason = reason_of(error)
+        for asked in (CAPTURING, CUDA_OPTIONS) if graphs else (CUDA_OPTIONS,):
+            with_options = [(name, asked) if name == CUDA else name for name in providers]
+            try:
+                return started(ort, proto, options, with_options), reason
+            except Exception as error:  # noqa: BLE001  # a wrong model fails again below, a lost device does not
+                reason = reason_of(error)
     others = [name for name in providers if name != CUDA] or [CPU]
     return started(ort, proto, options, others), reason
+
+
+def _run_options(ort: Any, graph: str) -> Any:
+    options = ort.RunOptions()
+    options.add_run_config_entry(_GRAPH, graph)
+    return options
 
 
 def _call_of(session: Any) -> Any:

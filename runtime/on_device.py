@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .buckets import buckets_for, measured_sizes
+from .buckets import Buckets, buckets_for, measured_sizes
 from .engine import HOST, EngineSession, Value, download, upload
 from .execution import (
     ASK,
@@ -59,7 +59,7 @@ class OnDevice(Staged):
         self, arrays: Arrays, thresholds: Thresholds | np.ndarray
     ) -> Iterator[tuple[WholeBatch, int, np.ndarray]]:
         count = rows_of(arrays)  # live rows, first in every live value; padding follows
-        buckets = buckets_for(count, self._measured)
+        buckets = self._buckets(count)
         size = buckets.fit(count)
         live = self._upload(arrays, size)
         on: np.ndarray | None = None  # rows of the batch not answered yet, ascending; None: all
@@ -74,12 +74,12 @@ class OnDevice(Staged):
             if isinstance(limit, float) and limit == _NEVER:
                 live = self._pass(stage, live)
                 continue
-            live, answers, padded = self._ask(stage, live)
-            confidence = padded[:count] if waiting is None else padded.take(waiting)
+            live, answers, scores = self._ask(stage, live)
+            confidence = scores[:count] if waiting is None else scores.take(waiting)
             stays = staying(confidence, limit) if index < last else _NOBODY
             if stays is None:
                 continue
-            probabilities = download(answers)
+            probabilities = self._fetch(answers)
             probabilities = probabilities[:count] if waiting is None else probabilities.take(waiting, axis=0)
             said = written(said, on, index, probabilities, confidence)
             on = stays if on is None else on.take(stays)
@@ -89,35 +89,46 @@ class OnDevice(Staged):
             waiting = stays if waiting is None else waiting.take(stays)
             smaller = buckets.fit(len(on))
             if smaller < size and 1 - smaller / size >= self._worth[index]:
-                live = self._take(index, live, _padded(waiting, smaller))
+                live = self._take(index, live, padded(waiting, smaller))
                 count, size, waiting = len(on), smaller, None
 
     def answer_all(self, arrays: Arrays) -> Iterator[ExitRows]:
         count = rows_of(arrays)
-        live = self._upload(arrays, buckets_for(count, self._measured).fit(count))
+        live = self._upload(arrays, self._buckets(count).fit(count))
         for index, stage in enumerate(self._stages):
             live, answers, confidence = self._ask(stage, live)
-            yield ExitRows(index, None, download(answers)[:count], confidence[:count])
+            yield ExitRows(index, None, self._fetch(answers)[:count], confidence[:count])
+
+    def _buckets(self, rows: int) -> Buckets:
+        """Sizes for a batch of so many rows."""
+        return buckets_for(rows, self._measured)
+
+    def _read_inputs(self, arrays: Arrays) -> list[str]:
+        """The inputs that any stage reads."""
+        first = self._stages[0]
+        return [name for name in arrays if name in first.inputs or name in first.passes_on]
 
     def _upload(self, arrays: Arrays, size: int) -> dict[str, Value]:
-        """What any stage reads of the inputs, padded."""
-        first = self._stages[0]
-        read = {*first.inputs, *first.passes_on}
-        return {name: upload(_padded(array, size), self._device) for name, array in arrays.items() if name in read}
+        """What is read of the inputs, padded."""
+        return {name: upload(padded(arrays[name], size), self._device) for name in self._read_inputs(arrays)}
 
     def _pass(self, stage: Stage, live: dict[str, Value]) -> dict[str, Value]:
         """Run a stage for what it passes on -> live values after it."""
         if not stage.kept:
             return carry(stage, live, [])
-        return carry(stage, live, stage.session.run_bound(self._places(stage), self._feed(stage, live, self._no)))
+        return carry(stage, live, stage.session.run_bound(self._devices(stage), self._feed(stage, live, self._no)))
 
     def _ask(self, stage: Stage, live: dict[str, Value]) -> tuple[dict[str, Value], Value, np.ndarray]:
         """Run a stage and its head -> live values after it, probabilities on the device, confidence [size]."""
-        wanted = {**self._places(stage), PROBABILITIES: self._device, CONFIDENCE: HOST}
+        wanted = {**self._devices(stage), PROBABILITIES: self._device, CONFIDENCE: HOST}
         *values, answers, confidence = stage.session.run_bound(wanted, self._feed(stage, live, self._yes))
         return carry(stage, live, values), answers, download(confidence)
 
-    def _places(self, stage: Stage) -> dict[str, str]:
+    def _fetch(self, value: Value) -> np.ndarray:
+        """What the host reads of an answer."""
+        return download(value)
+
+    def _devices(self, stage: Stage) -> dict[str, str]:
         return dict.fromkeys(stage.kept, self._device)
 
     def _feed(self, stage: Stage, live: dict[str, Value], ask: Value) -> dict[str, Value]:
@@ -148,7 +159,7 @@ def _compaction(manifest: Manifest, stages: Sequence[Stage]) -> list[EngineSessi
     return [made[kinds] for kinds in passed]
 
 
-def _padded(array: np.ndarray, size: int) -> np.ndarray:
+def padded(array: np.ndarray, size: int) -> np.ndarray:
     """[n, ...] -> [size, ...], the first row repeated behind the others."""
     short = size - len(array)
     return np.concatenate([array, np.repeat(array[:1], short, axis=0)]) if short else array

@@ -17,14 +17,16 @@ from typing import Literal
 
 import numpy as np
 
+from .always_asked import always_asked
 from .artifact import Artifact, open_artifact
-from .engine import EngineSession, choose_providers, device_of, start_sessions
-from .errors import UsageError
+from .engine import CUDA, EngineSession, choose_providers, device_of, start_sessions
+from .errors import ProviderError, UsageError
 from .execution import Executor, ExitRows, Segments, SingleFile, Thresholds, WholeBatch, joined
 from .inputs import Batch, Known, check_batch, check_tolerance, remember
 from .manifest import Manifest, Plan, TensorSpec
 from .on_device import OnDevice
 from .process import check_threads
+from .replayed import Replayed
 
 SINGLE_FILE = "model.onnx"
 
@@ -58,6 +60,7 @@ def load(
     threads: int | None = None,
     executor: Literal["segments", "single-file"] | None = None,
     tolerance: float | None = None,
+    cuda_graphs: bool = False,
 ) -> Session:
     """Check the artifact at `path` and make it ready to answer.
 
@@ -68,6 +71,9 @@ def load(
     `executor` picks a form where the artifact holds both; None prefers its stages.
     `tolerance` turns the dial: the boldest of the artifact's plans that is within it answers; 0 gives the backbone's
     own answers, None the plan it was compiled for.
+    `cuda_graphs` has CUDA capture every stage at every size that batches are padded to, and replay it: for small models
+    on a GPU. Memory for each size stays taken, threads take turns, and heads are asked whether the plan wants them or
+    not. What cannot be captured runs without, with a `ProviderWarning`.
     """
     check_threads(threads)
     if executor not in (None, "segments", "single-file"):
@@ -86,15 +92,32 @@ def load(
     if not files or not all(name in manifest.files for name in files):
         raise UsageError(f"{path}: holds no {executor} form; leave executor out or compile with that target")
     models = ((f"{path}/{name}", artifact.model(name)) for name in files)
-    sessions = start_sessions(models, chosen, threads, strict=providers is not None)
-    return Session(artifact, _executor(manifest, sessions, staged), tolerance)
+    if cuda_graphs:
+        _check_graphs(manifest, staged, chosen)
+        models = ((name, always_asked(model, name)) for name, model in models)
+    sessions = start_sessions(models, chosen, threads, strict=providers is not None, graphs=cuda_graphs)
+    return Session(artifact, _executor(manifest, sessions, staged, cuda_graphs), tolerance)
 
 
-def _executor(manifest: Manifest, sessions: list[EngineSession], staged: bool) -> Executor:
+def _check_graphs(manifest: Manifest, staged: bool, providers: Sequence[str]) -> None:
+    if CUDA not in providers:
+        raise ProviderError(f"CUDA graphs need {CUDA}, and providers are {', '.join(providers)}; do without them here")
+    if not staged:
+        raise UsageError("CUDA graphs are of stages, and the single file is one model with branches; do without them")
+    for spec in manifest.inputs:
+        if any(isinstance(size, str) for size in spec.shape[1:]):
+            raise UsageError(
+                f"CUDA graphs are of rows of one size, and those of {spec.name!r} are {spec.shape}; do without them"
+            )
+
+
+def _executor(manifest: Manifest, sessions: list[EngineSession], staged: bool, graphs: bool) -> Executor:
     if not staged:
         return SingleFile(manifest, sessions[0])
     device = device_of(sessions)
-    return OnDevice(manifest, sessions, device) if device else Segments(manifest, sessions)
+    if device is None:
+        return Segments(manifest, sessions)
+    return Replayed(manifest, sessions, device) if graphs else OnDevice(manifest, sessions, device)
 
 
 class Session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from models import Compiled
 from tiny import INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all, resident
 
-from offramp.runtime import ArtifactError, InputError, Session, TensorSpec, load
+from offramp.runtime import ArtifactError, InputError, ProviderWarning, Session, TensorSpec, load
 from offramp.runtime import engine as engine_module
 from offramp.runtime import on_device as on_device_module
 from offramp.runtime import session as session_module
@@ -418,11 +419,16 @@ def cuda_works() -> bool:
 
 
 @pytest.mark.skipif(not cuda_works(), reason="takes a GPU and onnxruntime-gpu")
-def test_on_a_gpu_answers_are_those_of_the_cpu(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("graphs", [False, True])
+def test_on_a_gpu_answers_are_those_of_the_cpu(
+    compiled: Compiled, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     on_cpu = load(compiled.path, providers=[CPU], threads=1, executor="segments")
-    on_gpu = load(compiled.path, providers=[CUDA, CPU])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ProviderWarning)  # what cannot be captured would run without
+        on_gpu = load(compiled.path, providers=[CUDA, CPU], cuda_graphs=graphs)
     calls = Calls(monkeypatch, forbid=False)
-    for size in (1, 5, 33, 257):
+    for size in (1, 5, 33, 257, 33, 5, 1):
         images = compiled.digits.images[:size]
         every, expected = on_gpu.run_all(images), on_cpu.run_all(images)
         np.testing.assert_allclose(every.probabilities, expected.probabilities, atol=1e-4)
