@@ -1,7 +1,8 @@
 """How long an artifact takes in each of its forms, against the plain backbone and whatever else a person could run.
 
     python -m benchmarks.speed [--tasks resnet20 resnet56 resnet56_long resnet50 sst2] [--batches 1 2 4 8 16 32 64 128]
-        [--kind searched] [--epochs 30] [--earlyon DIR] [--lite DIR] [--own-pools] [--add | --smaller]
+        [--kind searched] [--epochs 30] [--earlyon DIR] [--lite DIR] [--own-pools] [--unpadded]
+        [--add | --smaller]
 
     plain        the backbone in ONNX Runtime: what all others are divided by
     rewritten    the same, without exits, written for ONNX Runtime as our stages are: no early exit's merit
@@ -21,8 +22,9 @@
 
 Artifacts are compiled at 1 % with the heads `benchmarks.heads` has trained, exits chosen for speed: by `--cost time
 --cost-batch 1`, on this machine. All variants run in one process with the same number of threads; all ONNX Runtime
-sessions on one pool of them, as `share_threads` makes it, or with --own-pools each on its own, as without that call. In
-every round each answers the same batches of test rows, the order turned by one and every second time backwards, each
+sessions on one pool of them, as `share_threads` makes it, or with --own-pools each on its own, as without that call.
+Sentences are padded to 64 tokens, or with --unpadded to the longest of their batch, which is what takes the time told.
+In every round each answers the same batches of test rows, the order turned by one and every second time backwards, each
 after a rest and a small batch that is not counted, until every row's class is known; ratios are taken within a round,
 those to the ideal too. There are at least 30 rounds, and at most 300 or six minutes: after two minutes, once we know
 whether a batch that nothing leaves costs 2 % beyond the heads, or what it costs to 1 %. After every ten all of ours and
@@ -32,9 +34,9 @@ variant's disagreement with the backbone, change in accuracy and exits over all 
 memory is that of a fresh process which loads one form and answers batches of 32, above numpy, onnxruntime and the rows;
 "weights beside" is `model.onnx` saved again by `onnx.save_model(..., save_as_external_data=True)`, in a plain session.
 Writes benchmarks/results/speed.json after each batch size, keeping tasks that are not asked for, the README's tables
-and docs/speed.svg. With --add the artifacts that the last run compiled are taken up, and only the batch sizes asked for
-are timed, beside or in place of those it timed; with --smaller the smaller models alone, beside plain, in rounds of
-their own.
+and docs/speed.svg. With --add and with --unpadded the artifacts that the last run compiled are taken up; with --add
+only the batch sizes asked for are timed, beside or in place of those it timed; with --smaller the smaller models alone,
+beside plain, in rounds of their own.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ from benchmarks.speed_rivals import PROVIDERS, Answered, Batch, Variant, called,
 from benchmarks.speed_rounds import timed
 from benchmarks.speed_tables import plot, tables, title
 from benchmarks.tables import log, replace_block
-from benchmarks.tasks import TASKS, Task
+from benchmarks.tasks import TASKS, Task, unpadded
 from benchmarks.trained import KINDS, WORK, heads_of, made_ready, options_of
 from offramp.compiler import ALL_TARGETS, Head, Options, Ready, Training, finish
 from offramp.compiler.costs import FLOPS, TIME
@@ -85,7 +87,7 @@ def compiled(task: Task, args: argparse.Namespace) -> tuple[Ready, tuple[Head, .
     out = WORK / f"speed-{task.name}-{args.kind}"
     by_flops = out.with_name(f"{out.name}-flops")
     heads = heads_of(task, ready, options, args.kind)
-    if not args.add:
+    if not (args.add or args.unpadded):
         finish(ready, heads, out, options, log)
         finish(ready, heads, by_flops, replace(options, cost=FLOPS, targets=(SEGMENTS,)), log)
     return ready, heads, open_artifact(out), open_artifact(by_flops)
@@ -188,8 +190,9 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     variants = opened()
     truth, _ = answered(variants["plain"], ready, JUDGED)
     told: dict[str, Any] = {
-        "task": name, "kind": args.kind, "own_pools": args.own_pools, "machine": machine(), "versions": versions(),
-        "seed": args.seed, "threads": args.threads, "rounds": args.rounds, "test_rows": len(truth),
+        "task": name, "kind": args.kind, "own_pools": args.own_pools, "unpadded": args.unpadded, "machine": machine(),
+        "versions": versions(), "seed": args.seed, "threads": args.threads, "rounds": args.rounds,
+        "test_rows": len(truth),
         "plan": json.loads(json.dumps(asdict(manifest.plans[manifest.default_plan]))),  # as a result before has it
         "exits": [spec.place for spec in manifest.exits],
         "exits_by_flops": [spec.place for spec in by_flops.manifest.exits],
@@ -217,7 +220,7 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     sizes = {one["batch"]: one for one in kept["batches"]} if kept is not None else {}
     for batch in args.batches:
         log(f"{name}, batch {batch}")
-        one = timed(lambda: opened() | lasting, ready, batch, args.rounds, args.seed)
+        one = timed(lambda: opened() | lasting, ready, batch, args.rounds, args.seed, handed_over(args))
         for key in (key for key, variant in lasting.items() if variant.together):
             one["variants"][key] |= judged(lasting[key], ready, batch, truth)
         sizes[batch] = {**one, "load": os.getloadavg()[2]}
@@ -229,8 +232,8 @@ def with_smaller(
 ) -> Iterator[dict[str, Any]]:
     """The task's result before, with smaller models timed beside plain alone; again after every batch size."""
     under = {
-        "task": name, "kind": args.kind, "own_pools": args.own_pools, "machine": machine(), "versions": versions(),
-        "seed": args.seed, "threads": args.threads,
+        "task": name, "kind": args.kind, "own_pools": args.own_pools, "unpadded": args.unpadded, "machine": machine(),
+        "versions": versions(), "seed": args.seed, "threads": args.threads,
     }  # fmt: skip
     kept = _same(under, before.get(title(under)))
     task = TASKS[name](args.seed)
@@ -251,9 +254,14 @@ def with_smaller(
     for one in told["batches"] if smaller else []:
         if one["batch"] in args.batches:
             log(f"{name}, {' and '.join(smaller)}, batch {one['batch']}")
-            found = timed(opened, ready, one["batch"], args.rounds, args.seed)
+            found = timed(opened, ready, one["batch"], args.rounds, args.seed, handed_over(args))
             one["variants"] |= {key: {**found["variants"][key], "rounds": found["rounds"]} for key in smaller}
             yield told
+
+
+def handed_over(args: argparse.Namespace) -> Callable[[Mapping[str, np.ndarray]], Batch]:
+    """What becomes of rows before they are answered."""
+    return unpadded if args.unpadded else dict
 
 
 def _same(told: Mapping[str, Any], before: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -279,6 +287,7 @@ def main() -> None:
     parser.add_argument("--earlyon-epochs", type=int, default=Training.epochs)
     parser.add_argument("--lite", type=Path, metavar="DIR", help="where EfficientNet-Lite is installed")
     parser.add_argument("--own-pools", action="store_true", help="leave every session a pool of threads of its own")
+    parser.add_argument("--unpadded", action="store_true", help="cut sentences to the longest of their batch")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--add", action="store_true", help="time these batch sizes beside those of the result before")
     again.add_argument("--smaller", action="store_true", help="time the smaller models alone, for the result before")
@@ -298,7 +307,7 @@ def main() -> None:
 
 def write(results: Iterable[dict[str, Any]]) -> None:
     """JSON, tables and plot of all results."""
-    ordered = sorted(results, key=lambda r: (list(TASKS).index(r["task"]), r["own_pools"], r["threads"]))
+    ordered = sorted(results, key=lambda r: (list(TASKS).index(r["task"]), r["own_pools"], r["unpadded"], r["threads"]))
     RESULTS.write_text(json.dumps({"command": "python -m benchmarks.speed", "results": ordered}, indent=1) + "\n")
     replace_block("speed", tables(ordered))
     plot([result for result in ordered if not result["own_pools"]] or ordered)

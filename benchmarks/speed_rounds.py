@@ -28,13 +28,15 @@ WANTED, SURE = 1.02, 0.01  # of the plain backbone's time, when nothing leaves a
 DRAWS = 2000  # of the bootstrap
 
 
-def timed(opened: Opened, ready: Ready, batch: int, rounds: int, seed: int) -> dict[str, Any]:
+def timed(
+    opened: Opened, ready: Ready, batch: int, rounds: int, seed: int, handed_over: Callable[[Mapping[str, Any]], Batch]
+) -> dict[str, Any]:
     """All variants at one batch size: milliseconds per row and ratios to plain, medians and quartiles over rounds."""
     generator, test = np.random.default_rng([seed, batch]), ready.splits.test
 
     def draw(calls: int) -> list[Batch]:
         picked = [generator.choice(test, batch, replace=len(test) < batch) for _ in range(calls)]
-        return [dict(ready.rows.take(rows)) for rows in picked]
+        return [handed_over(ready.rows.take(rows)) for rows in picked]
 
     calls = _calls(opened()["plain"], draw(3))
     told = _rounds(opened, lambda: draw(calls), rounds)

@@ -116,6 +116,12 @@ def sst2(seed: int) -> Task:
     )  # fmt: skip
 
 
+def unpadded(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sentences `[B, T]` of the text classifier, cut to the longest of the batch: behind it there is padding only."""
+    longest = int(batch["attention_mask"].sum(1).max())
+    return {name: np.ascontiguousarray(values[:, :longest]) for name, values in batch.items()}
+
+
 def imagenet(seed: int) -> Task:
     """ResNet-50 on ten classes. Few rows, places and epochs, for an epoch costs minutes; rows as they are, so that the
     backbone's values can be kept. Unseen images are too few to certify 1 %."""
