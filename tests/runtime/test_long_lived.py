@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tiny import Tiny
 
-import offramp.runtime
 from offramp.runtime import load
 
 CALLS, WARM, THREADS = 100_000, 20_000, 4
@@ -211,15 +209,3 @@ def test_memory_has_the_bound_that_the_application_sets(tiny: Tiny) -> None:
     assert "take a smaller batch" in beyond
     assert within == "64"
     assert again.startswith("UsageError: memory is taken already")
-
-
-def test_the_installation_is_under_a_megabyte() -> None:
-    room = Path(offramp.runtime.__file__).parent
-    files = [
-        path
-        for name in ("compiler", "passes", "runtime")
-        for path in (room.parent / name).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    ]
-    assert len(files) > 50, "else these are not the three rooms"
-    assert sum(path.stat().st_size for path in files) < 1 << 20
