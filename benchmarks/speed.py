@@ -71,6 +71,7 @@ from offramp.runtime import Answers, load, share_threads
 from offramp.runtime.artifact import Artifact, open_artifact
 from offramp.runtime.engine import ModelBytes
 from offramp.runtime.execution import ASK, CONFIDENCE, PROBABILITIES
+from offramp.runtime.manifest import Manifest
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 RIVALLED = ("resnet20", "resnet56", "resnet56_long")  # by earlyon
@@ -190,9 +191,7 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     variants = opened()
     truth, _ = answered(variants["plain"], ready, JUDGED)
     told: dict[str, Any] = {
-        "task": name, "kind": args.kind, "own_pools": args.own_pools, "unpadded": args.unpadded, "machine": machine(),
-        "versions": versions(), "seed": args.seed, "threads": args.threads, "rounds": args.rounds,
-        "test_rows": len(truth),
+        **under(name, args), "rounds": args.rounds, "test_rows": len(truth),
         "plan": json.loads(json.dumps(asdict(manifest.plans[manifest.default_plan]))),  # as a result before has it
         "exits": [spec.place for spec in manifest.exits],
         "exits_by_flops": [spec.place for spec in by_flops.manifest.exits],
@@ -201,11 +200,8 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
     kept = _same(told, before.get(title(told))) if args.add else None
     lasting = {"eager": eager(task.model)}
     if rivalled:
-        of_ours = [judged(variants[key], ready, JUDGED, truth) for key in ("segments", "wider")]
-        losses = [max(0.0, -seen["accuracy_change"]) for seen in of_ours]
-        given = earlyon(args.earlyon, task, ready, manifest, losses, args.earlyon_epochs, args.seed)
-        for key, (variant, how) in zip(("earlyon", "earlyon_wider"), given, strict=True):
-            lasting[key], told[key] = variant, how
+        rivals, how = against_earlyon(task, ready, manifest, variants, truth, args)
+        lasting, told = lasting | rivals, told | how
     elif name in RIVALLED:
         log(f"{name}: earlyon is left out; it needs --earlyon DIR and an artifact with exits")
     variants |= lasting
@@ -227,15 +223,32 @@ def measured(name: str, args: argparse.Namespace, before: Mapping[str, Mapping[s
         yield {**told, "batches": [sizes[size] for size in sorted(sizes)]}
 
 
+def under(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a result was measured under."""
+    return {
+        "task": name, "kind": args.kind, "own_pools": args.own_pools, "unpadded": args.unpadded, "machine": machine(),
+        "versions": versions(), "seed": args.seed, "threads": args.threads,
+    }  # fmt: skip
+
+
+def against_earlyon(
+    task: Task, ready: Ready, manifest: Manifest, variants: Mapping[str, Variant], truth: np.ndarray,
+    args: argparse.Namespace,
+) -> tuple[dict[str, Variant], dict[str, Any]]:  # fmt: skip
+    """earlyon, asked for the accuracy that segments lose, at both tolerances; and how it came to what it does."""
+    of_ours = [judged(variants[key], ready, JUDGED, truth) for key in ("segments", "wider")]
+    losses = [max(0.0, -seen["accuracy_change"]) for seen in of_ours]
+    given = earlyon(args.earlyon, task, ready, manifest, losses, args.earlyon_epochs, args.seed)
+    named = dict(zip(("earlyon", "earlyon_wider"), given, strict=True))
+    return {key: variant for key, (variant, _) in named.items()}, {key: how for key, (_, how) in named.items()}
+
+
 def with_smaller(
     name: str, args: argparse.Namespace, before: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """The task's result before, with smaller models timed beside plain alone; again after every batch size."""
-    under = {
-        "task": name, "kind": args.kind, "own_pools": args.own_pools, "unpadded": args.unpadded, "machine": machine(),
-        "versions": versions(), "seed": args.seed, "threads": args.threads,
-    }  # fmt: skip
-    kept = _same(under, before.get(title(under)))
+    conditions = under(name, args)
+    kept = _same(conditions, before.get(title(conditions)))
     task = TASKS[name](args.seed)
     options = options_of(task, args.kind, args.epochs, seed=args.seed, threads=args.threads)
     ready = made_ready(task, options)

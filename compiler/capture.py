@@ -141,8 +141,10 @@ def _trace_module(model: nn.Module, example: Mapping[str, torch.Tensor], signatu
             pass
         else:
             trial = _trial(model, call, traced)
-            if not traced.free.settled and (not traced.free.places or trial.all_agree()):
-                return replace(traced, free=trial.from_one())
+            trials = [] if traced.free.settled else [trial] if asked else [trial, trial.no_longer()]
+            for one in trials:
+                if not traced.free.places or one.all_agree():
+                    return replace(traced, free=one.from_one())
     traced = _exported(model, call, asked, signature, title)
     if traced.free.settled:
         raise ModelError(dimensions.fixed(title, *traced.free.settled[0]))

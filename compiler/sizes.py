@@ -2,8 +2,8 @@
 
 Tracing notes what it took for granted of free sizes: ranges, which an artifact keeps, and conditions that no range
 tells (`h <= w`, `n != 11`), for a model may branch on either. So the graph is run beside the model at other sizes,
-and at some that break such a condition. A model that does not run there itself, or does the same, does no harm;
-dimensions at which the two answer otherwise are not free.
+and at some that break such a condition. A model that does not run there itself, or does the same, does no harm.
+Where the two answer otherwise, lengths nobody asked for are free up to the data's, if that is right, or not at all.
 """
 
 from __future__ import annotations
@@ -155,6 +155,11 @@ class Trial:
         """Whether the graph is right at the next smaller sizes, and wrong at none."""
         found = self._found()
         return bool(next(found)) and all(one is not False for one in found)
+
+    def no_longer(self) -> Trial:
+        """The same, with no size beyond the data's."""
+        ranges = {symbol: (self.free.ranges[symbol][0], n) for symbol, n in self.free.data.items()}
+        return replace(self, free=replace(self.free, ranges=ranges))
 
     def check(self, title: str) -> None:
         """Whatever was asked to be free is so at some other size at least, and then the graph is right."""

@@ -25,7 +25,6 @@ from .external import INLINE_LIMIT, model_bytes, model_files
 from .gate import gated
 from .layout import in_blocks
 from .names import with_places
-from .projections import project_together
 from .promises import keep_promises
 from .translate import Example, to_onnx
 from .unread import EVERY, Step, without_unread
@@ -80,14 +79,14 @@ def stage_specs(program: ExitProgram) -> tuple[StageSpec, ...]:
 
 
 def stage_models(program: ExitProgram, *, rewritten: bool = True) -> tuple[onnx.ModelProto, ...]:
-    """One ONNX model per stage, its head always asked; `rewritten` as ONNX Runtime is fast at in float32."""
+    """One ONNX model per stage, its head always asked; `rewritten` lays maps out as float32 convolutions want them."""
     models: list[onnx.ModelProto] = []
     specs = stage_specs(program)
     step = EVERY
     for index, spec in bar(reversed(list(enumerate(specs))), "emit", len(specs)):
         stage = Stage(program, index, step)
         own = "output" if stage.last else f"exits.{index}"
-        segment = _rewritten(stage.segment) if rewritten else stage.segment
+        segment = in_blocks(stage.segment) if rewritten else stage.segment
         segment, step = without_unread(segment, spec.inputs[0] if index else None)
         stage.segment, places = with_places(keep_promises(segment))
         prefixes = {"": own, "head": f"{own}.head", "handed_over": _end(segment), **_below("segment", places)}
@@ -105,22 +104,16 @@ def asked_only(program: ExitProgram, models: Sequence[onnx.ModelProto]) -> tuple
 def backbone_model(backbone: Backbone, limit: int = INLINE_LIMIT, *, rewritten: bool = False) -> ModelBytes:
     """The plain backbone as ONNX, to measure against; weights over `limit` bytes in a file beside it.
 
-    It is the model as it came; with `rewritten` written as stages are.
+    It is the model as it came; with `rewritten` its maps are laid out, and left out, as those of stages are.
 
     Raises `ModelError` when it holds an operator ONNX cannot express.
     """
     plain = Plain(backbone)
-    graph = without_unread(_rewritten(plain.backbone))[0] if rewritten else plain.backbone
+    graph = without_unread(in_blocks(plain.backbone))[0] if rewritten else plain.backbone
     plain.backbone, places = with_places(keep_promises(graph))
     prefixes = {"": "output", **_below("backbone", places)}
     model = to_onnx(plain, _examples(backbone.graph_module), ("probabilities",), prefixes)
     return model_bytes(model_files(model, "backbone.onnx", limit), "backbone.onnx")
-
-
-def _rewritten(module: fx.GraphModule) -> fx.GraphModule:
-    laid = in_blocks(module)
-    project_together(laid)
-    return laid
 
 
 def _end(segment: fx.GraphModule) -> str:

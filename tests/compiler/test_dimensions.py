@@ -181,10 +181,32 @@ class Tall(nn.Module):
         return self.last(torch.relu(self.first(turned)).amax((2, 3)))
 
 
-@pytest.mark.parametrize("kind", [Eleven, Every])
-def test_a_length_the_model_goes_by_otherwise_stays_fixed(kind: type[Attention]) -> None:
+class Chunks(Attention):
+    """As many tokens as a chunk holds, or fewer, are summed, more are not; no range says so to torch."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = super().forward(ids, mask)
+        return scores if ids.shape[1] % 8 in (0, ids.shape[1]) and ids.shape[1] // 16 == 0 else scores.flip(1)
+
+
+@pytest.mark.parametrize("kind", [Eleven, Chunks])
+def test_a_length_the_model_goes_by_beyond_the_data_s_is_free_up_to_there(kind: type[Attention]) -> None:
     model, example = kind(), longer(8, 6)
-    assert shapes(capture(model, example)) == (("ids", ("batch", 6)), ("mask", ("batch", 6)))
+    backbone = capture(model, example)
+    assert shapes(backbone) == FREE
+    assert [i.ranges for i in backbone.inputs] == [{"sequence": (1, 6)}] * 2
+    for length in range(1, 7):
+        given = longer(4, length)
+        torch.testing.assert_close(backbone.graph_module(*given.values()), model(**given))
+
+
+def test_a_length_the_model_goes_by_otherwise_stays_fixed() -> None:
+    assert shapes(capture(Every(), longer(8, 6))) == (("ids", ("batch", 6)), ("mask", ("batch", 6)))
+
+
+@pytest.mark.parametrize("kind", [Eleven, Chunks, Every])
+def test_a_length_the_model_goes_by_otherwise_cannot_be_asked_for(kind: type[Attention]) -> None:
+    model, example = kind(), longer(8, 6)
     with pytest.raises(
         ModelError, match="answers otherwise than itself when dimension 1 of ids, 1 of mask has another"
     ):

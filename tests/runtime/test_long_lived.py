@@ -1,4 +1,4 @@
-"""A session that lives long: many threads, many calls, steady memory; and an installation that stays small."""
+"""A session that lives long: many threads, many calls, steady memory."""
 
 from __future__ import annotations
 
