@@ -8,6 +8,7 @@
 Knows graphs and nothing of training or files.
 """
 
+from .attention import NumberMasks
 from .backbone import Backbone, Input, probabilities, row_shape
 from .candidates import FILTERS, Candidate, Candidates, Filter, Limits, Refusal, find_candidates
 from .contract import Observer, Pass, PassResult, observed
@@ -39,6 +40,7 @@ __all__ = [
     "InsertExits",
     "Limits",
     "NameSqueezed",
+    "NumberMasks",
     "Observer",
     "Pass",
     "PassResult",

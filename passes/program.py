@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from offramp.runtime.errors import PlanError
 
+from .attention import NumberMasks
 from .backbone import Backbone, probabilities
 from .contract import Pass, PassResult
 from .plan import ExitPlan
@@ -153,8 +154,8 @@ class InsertExits(Pass[Backbone, ExitProgram]):
 
 
 def build_program(backbone: Backbone, plan: ExitPlan, heads: Mapping[str, nn.Module]) -> ExitProgram:
-    """`Backbone` + `ExitPlan` + heads by cut name -> `ExitProgram`."""
-    return InsertExits(plan, heads)(backbone).subject
+    """`Backbone` + `ExitPlan` + heads by cut name -> `ExitProgram`, whose backbone has its masks as numbers."""
+    return InsertExits(plan, heads)(NumberMasks()(backbone).subject).subject
 
 
 def _top_graph(

@@ -30,9 +30,9 @@ def test_every_pass_leaves_a_record() -> None:
     assert [(r.name, r.modified) for r in trace.records] == [
         ("capture", True), ("RemoveAssertions", False), ("RemoveIdentities", True), ("FoldNumbers", False),
         ("FoldWeights", False), ("ReshapeViews", False), ("NameSqueezed", False), ("SpreadMasks", False),
-        ("InsertExits", True),
+        ("NumberMasks", False), ("InsertExits", True),
     ]  # fmt: skip
-    captured_, asserted, identified, _, _, reshaped, _, _, inserted = trace.records
+    captured_, asserted, identified, _, _, reshaped, _, _, _, inserted = trace.records
     assert asserted.text == captured_.text == graph_text(backbone)
     assert identified.nodes == captured_.nodes - 1
     assert "aten.dropout" in captured_.text
