@@ -70,8 +70,9 @@ def _mask_of(node: fx.Node) -> fx.Node | None:
         return None
     mask = unspread(node.args[_MASK])
     value = mask.meta.get("val") if isinstance(mask, fx.Node) else None
-    alike = isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.dim() > 1 and value.shape[-2] == 1
-    return mask if alike and value.dim() == node.meta["val"].dim() else None
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.dim() != node.meta["val"].dim():
+        return None
+    return mask if value.shape[-2] == 1 else None
 
 
 def _numbers(graph: fx.Graph, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
