@@ -26,8 +26,8 @@ from .contract import Pass, PassResult
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 FINITE = "finite"  # in a node's meta: a mask of numbers, none of which is infinite
-# As low as float16 goes: a stage may be converted. A weight of attention is zero long before.
-_UNSEEN = torch.finfo(torch.float16).min
+# Half as low as float16 goes, for stages may be converted, and a score is added. A weight is zero long before.
+_UNSEEN = torch.finfo(torch.float16).min / 2
 _MASK = 3  # its place among attention's arguments
 
 
@@ -85,7 +85,8 @@ def _numbers(graph: fx.Graph, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
         made.meta = {"val": value, **stack}
         return made
 
-    with graph.inserting_after(mask):
+    *_, last_input = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(last_input if mask.op == "placeholder" else mask):
         seen = call("seen", value, aten._to_copy.default, mask, dtype=torch.float32)
     with graph.inserting_after(seen):
         less = call("less", value, aten.sub.Tensor, seen, 1.0)

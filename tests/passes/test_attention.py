@@ -102,6 +102,21 @@ def test_names_stay_with_what_has_their_value() -> None:
         torch.testing.assert_close(values[1][name], values[0][name], rtol=1e-6, atol=1e-6)
 
 
+def test_a_mask_may_be_an_input() -> None:
+    class Given(Masked):
+        def forward(self, allowed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            return self.last(self.attended(ids, allowed).mean(1))
+
+    def given(ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"allowed": mask.bool()[:, None, None, :], "ids": ids}
+
+    model = Given(lambda mask: mask)
+    numbered = NumberMasks()(captured(model, **given(**sentences(8)))).subject
+    assert [node.op for node in numbered.graph.nodes if node.op != "get_attr"][:2] == ["placeholder"] * 2
+    other = given(**sentences(6, seed=1))
+    torch.testing.assert_close(numbered.graph_module(*other.values()), model(**other), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [lambda: Causal(lambda mask: mask), Attention], ids=["each query", "numbers"])
 def test_other_masks_stay(kind: Callable[[], Attention]) -> None:
     backbone = captured(kind(), **sentences(8))
