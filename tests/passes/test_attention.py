@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from models import Attention, captured, sentences, with_exits
 
 from offramp.compiler.emit import stage_models
+from offramp.compiler.precision import FP16, INT8, converted
 from offramp.passes import Backbone, NumberMasks, analyse, find_candidates
+from offramp.runtime.data import ArrayRows
 
 aten = torch.ops.aten
 
@@ -140,14 +143,34 @@ def test_stages_read_numbers_and_make_none() -> None:
     for stage in stages[1:]:
         kinds = {node.op_type for node in stage.graph.node if not node.name.startswith(("exits", "output"))}
         assert not kinds & {"Cast", "Sub", "ReduceMax", "Where"}
+    np.testing.assert_allclose(answered(stages), expected(model), atol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "by"), [(FP16, 1e-3), (INT8, 0.02)])
+def test_converted_stages_answer_for_sentences_with_nothing_to_attend_to(precision: str, by: float) -> None:
+    model = MODELS["as it is"]()
+    backbone = captured(model, **sentences(8))
+    cuts = [node.name for node in analyse(backbone).dominators if node.target is aten.add.Tensor]
+    program = with_exits(backbone, cuts)
+    data = ArrayRows({name: value.numpy() for name, value in sentences(32).items()})
+    stages = converted(program, stage_models(program, rewritten=False), data, np.arange(32), precision)
+    np.testing.assert_allclose(answered(stages), expected(model), atol=by)
+
+
+def expected(model: Attention) -> np.ndarray:
+    probabilities: np.ndarray = torch.softmax(model(**rows()), 1).detach().numpy()
+    return probabilities
+
+
+def answered(stages: Sequence[onnx.ModelProto]) -> np.ndarray:
+    """What stages make of `rows`, all of which go through to the end."""
     given = {name: value.numpy() for name, value in rows().items()}
     for stage in stages:
         session = onnxruntime.InferenceSession(stage.SerializeToString(), providers=["CPUExecutionProvider"])
         names = [value.name for value in stage.graph.output]
         found = session.run(names, {value.name: given[value.name] for value in stage.graph.input})
         given |= dict(zip(names, found, strict=True))
-    expected = torch.softmax(model(**rows()), 1).detach().numpy()
-    np.testing.assert_allclose(given["probabilities"], expected, atol=1e-6)
+    return given["probabilities"]
 
 
 def test_candidates_are_told_what_the_mask_itself_takes() -> None:
