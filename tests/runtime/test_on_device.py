@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Compiled
-from tiny import INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all, resident
+from tiny import INF, THRESHOLDS, Tiny, batch, doubtful, reference, reference_all, resident, wrong_in_threads
 
 from offramp.runtime import ArtifactError, InputError, ProviderWarning, Session, TensorSpec, load
 from offramp.runtime import engine as engine_module
@@ -234,21 +233,7 @@ def test_the_caller_s_arrays_are_left_alone(session: Session) -> None:
 
 def test_threads_may_share_a_session(artifact: Artifact) -> None:
     session = device_session(artifact, (4, 16))
-    wrong: list[int] = []
-
-    def answer(seed: int) -> None:
-        for size in (1, 7, 33) * 5:
-            rows = batch(size, seed)
-            sure = ~doubtful(rows, THRESHOLDS)
-            if not np.array_equal(session.run(rows).exits[sure], reference(rows, THRESHOLDS)[1][sure]):
-                wrong.append(seed)
-
-    workers = [threading.Thread(target=answer, args=(seed,)) for seed in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
+    assert wrong_in_threads(session) == []
 
 
 def test_a_compiled_artifact_with_unasked_heads(compiled: Compiled) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Compiled
-from tiny import INF, THRESHOLDS, Tiny, batch, doubtful, reference
+from tiny import INF, THRESHOLDS, Tiny, batch, doubtful, reference, wrong_in_threads
 
 from offramp.runtime import ArtifactError, InputError, ProviderError, ProviderWarning, Session, UsageError, load
 from offramp.runtime import engine as engine_module
@@ -140,21 +139,7 @@ def test_the_caller_s_arrays_are_left_alone(artifact: Artifact) -> None:
 
 def test_threads_take_turns(artifact: Artifact) -> None:
     session, _ = replaying(artifact, (4, 16))
-    wrong: list[int] = []
-
-    def answer(seed: int) -> None:
-        for size in (1, 7, 33) * 5:
-            rows = batch(size, seed)
-            sure = ~doubtful(rows, THRESHOLDS)
-            if not np.array_equal(session.run(rows).exits[sure], reference(rows, THRESHOLDS)[1][sure]):
-                wrong.append(seed)
-
-    workers = [threading.Thread(target=answer, args=(seed,)) for seed in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
+    assert wrong_in_threads(session) == []
 
 
 def test_whoever_leaves_a_stream_holds_nobody_up(artifact: Artifact) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from offramp.runtime import Manifest, TensorSpec, file_spec, write_artifact
+from offramp.runtime import Manifest, Session, TensorSpec, file_spec, write_artifact
 from offramp.runtime.manifest import (
     FORMAT_VERSION,
     BackboneSpec,
@@ -317,6 +318,25 @@ def sign(body: dict[str, Any]) -> bytes:
 
 def _canonical(body: dict[str, Any]) -> bytes:
     return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
+
+
+def wrong_in_threads(session: Session) -> list[int]:
+    """Four threads ask one session at the same time -> those that got a wrong answer."""
+    wrong: list[int] = []
+
+    def answer(seed: int) -> None:
+        for size in (1, 7, 33) * 5:
+            rows = batch(size, seed)
+            sure = ~doubtful(rows, THRESHOLDS)
+            if not np.array_equal(session.run(rows).exits[sure], reference(rows, THRESHOLDS)[1][sure]):
+                wrong.append(seed)
+
+    workers = [threading.Thread(target=answer, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return wrong
 
 
 def resident() -> int:
