@@ -3,8 +3,8 @@
 A backend adds numbers to attention's scores, nothing where a key may be seen and a very negative number where not, and
 a query that may see no key at all gets zeros [torch.nn.functional.scaled_dot_product_attention]. Both are made of the
 mask by a few small operators. In one graph they are shared by all layers; cut into stages, every stage would make
-them again, which at batch 2 took a hundredth of a six-layer BERT's time. As values of the backbone they are side values
-like the mask was, computed in the first segment, and travel in its place. Rules:
+them again, which small batches feel. As values of the backbone they are side values like the mask was, computed in the
+first segment, and travel in its place. Rules:
 
 1. Only masks `[B, ..., 1, T]` of booleans, alike for all queries, are looked at: as numbers they take four times as
    much to carry.
@@ -86,13 +86,11 @@ def _numbers(graph: fx.Graph, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
         return made
 
     *_, last_input = graph.find_nodes(op="placeholder")
-    with graph.inserting_after(last_input if mask.op == "placeholder" else mask):
+    known = last_input if mask.op == "placeholder" else mask
+    with graph.inserting_before(known.next):
         seen = call("seen", value, aten._to_copy.default, mask, dtype=torch.float32)
-    with graph.inserting_after(seen):
         less = call("less", value, aten.sub.Tensor, seen, 1.0)
-    with graph.inserting_after(less):
         added = call("added", value, aten.mul.Tensor, less, -_UNSEEN)
-    with graph.inserting_after(added):
         some = call("some", value.amax(-1, keepdim=True), aten.amax.default, seen, [-1], True)
     added.meta[FINITE] = True
     return added, some

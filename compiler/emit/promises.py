@@ -6,8 +6,8 @@ but a head that pools over tokens does. It also looks for NaN in every weight of
 such queries are cared for, and turns the keys by two reshapes. Under a mask of booleans a product cares for them:
 ONNX Runtime's `Where` takes up to three times as long. A mask that an `expand` spread over the queries is taken as it
 was before: what becomes of it is worked out once, not for every query. (In programs `NumberMasks` has done most of
-this.) Queries, keys and values stay three products:
-as one, sliced, all of a six-layer BERT took 0.99 / 1.02 to 1.06 / 1.07 of its time at batch 1 / 2 / 32 on two threads.
+this.) Queries, keys and values stay three products: as one, sliced, all of a six-layer BERT took 0.99 / 1.02 to 1.06 /
+1.07 of its time at batch 1 / 2 / 32 on two threads.
 
 `gelu` is fused into one operator by ONNX Runtime if it is x/2 times (1 + erf), not x times half of it.
 

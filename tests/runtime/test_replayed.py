@@ -62,13 +62,11 @@ def test_answers_are_right_batch_after_batch(
 
 
 def test_a_compiled_artifact_answers_as_in_segments(compiled: Compiled) -> None:
-    images, exits = compiled.digits.images, len(compiled.manifest.exits)
+    images = compiled.digits.images
     expected = load(compiled.path, providers=[CPU], threads=1, executor="segments")
     session, _ = replaying(open_artifact(compiled.path), (5, 16, 40))
-    plans = [(INF,) * (exits - 1), (0.0,) * (exits - 1), compiled.manifest.thresholds()]
-    plans += [tuple(INF if other != one else 0.9 for other in range(exits - 1)) for one in range(exits - 1)]
     for size in (1, 4, 5, 17, 33, 4):
-        for plan in plans:
+        for plan in compiled.plans():
             want, got = (s.run(images[:size], thresholds=plan) for s in (expected, session))
             np.testing.assert_array_equal(got.exits, want.exits)
             np.testing.assert_allclose(got.probabilities, want.probabilities, atol=1e-5)
@@ -146,8 +144,9 @@ def test_whoever_leaves_a_stream_holds_nobody_up(artifact: Artifact) -> None:
     session, _ = replaying(artifact)
     rows = batch(27)
     stream, other = session.stream(rows), session.stream(batch(27, 9))
-    parts = [next(stream), next(other), *stream]
-    del parts[1]
+    parts = [next(stream)]
+    next(other)
+    parts += stream
     whole = session.run(rows)
     np.testing.assert_array_equal(np.sort(np.concatenate([index for index, _ in parts])), np.arange(27))
     for index, answers in parts:
@@ -172,7 +171,6 @@ def test_a_first_run_is_not_captured_and_every_other_has_a_graph_of_its_own(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs: list[str] = []
-
     run_options = engine_module._run_options
 
     def noted(ort: Any, graph: str) -> Any:
