@@ -30,7 +30,7 @@ class Compiled:
     digits: Digits
 
     def plans(self) -> list[tuple[float, ...]]:
-        """Thresholds under which nobody is asked, all leave at the first exit, some leave, and one exit alone is asked."""
+        """Thresholds: nobody is asked, all leave at the first exit, some leave, and each exit alone is asked."""
         exits = len(self.manifest.exits) - 1
         alone = [tuple(INF if other != one else 0.9 for other in range(exits)) for one in range(exits)]
         return [(INF,) * exits, (0.0,) * exits, self.manifest.thresholds(), *alone]
