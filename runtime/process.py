@@ -42,7 +42,7 @@ from typing import Any
 from .errors import ProviderError, UsageError
 
 CPU = "CPUExecutionProvider"
-_SLOWER_FUSED = ["SkipLayerNormFusion", "BiasGeluFusion"]
+SLOWER_FUSED = ["SkipLayerNormFusion", "BiasGeluFusion"]
 
 
 def find_onnxruntime() -> Any:
@@ -93,7 +93,7 @@ def share_threads(threads: int | None = None) -> None:
 
 def started(ort: Any, proto: bytes, options: Any, providers: list[Any]) -> Any:
     """A session; where someone else has made a pool for the whole process, on that one."""
-    disabled = _SLOWER_FUSED if providers == [CPU] else None
+    disabled = SLOWER_FUSED if providers == [CPU] else None
     start = functools.partial(
         ort.InferenceSession, proto, options, providers=providers, enable_fallback=0, disabled_optimizers=disabled
     )
