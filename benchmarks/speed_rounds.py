@@ -18,7 +18,7 @@ from offramp.compiler import Ready
 Opened = Callable[[], dict[str, Variant]]
 
 TOGETHER, WARM = 10, 2  # rounds with the same sessions, and those before them that are not counted
-REST = 0.01  # seconds; PyTorch's threads wait for more work as long, on the cores of whoever comes next
+REST = 0.05  # seconds; ONNX Runtime's threads wait for more work for 0.04, on the cores of whoever comes next
 WARM_ROWS = 8  # that each answers before its time is taken, for its weights and threads to be at hand
 SECONDS = 0.05  # of the plain backbone in a round, or more for so many calls, or one call
 CALLS, MORE_SECONDS = 4, 0.3
