@@ -2,29 +2,23 @@
 
 ONNX Runtime is imported on first use, so that `import offramp.runtime` costs nothing and works where it is missing.
 
+What each of the following is worth on two cores is measured by `benchmarks.sessions`; README has its table.
+
 Threads: by default every session owns a pool whose workers spin after each `run`, waiting for more. With one session
-per stage the idle pools steal the cores from the busy one. Measured on 2 cores, ResNet-20 in 4 stages, no exit asked,
-time over the whole model in one session that has the same, batch 1 / 4 / 32: own pools 1.46 / 1.5 / 3.1;
-`force_spinning_stop`, where workers spin while their own session runs and must be woken by the next, 1.24 to 1.39 /
-1.12 to 1.16 / 1.06; ONNX Runtime's process-wide pool 1.16 to 1.19 / 1.06 to 1.09 / 1.02 to 1.04, the model itself as
-fast or faster. That pool is the best there is, but once it exists ONNX Runtime refuses every session of the process
-that wants one of its own, so it is not a library's to impose: `share_threads` is for the application to call. Without
-it workers stop spinning when their session returns.
-Spinning wants free cores: with another process busy on one of the two, batch 1 took 8.4 ms, 2.3 without
-spinning, 1.1 with one thread. On a machine that is shared take `threads=1`.
+per stage the idle pools steal the cores from the busy one. With `force_spinning_stop` workers spin while their own
+session runs and must be woken by the next. ONNX Runtime's process-wide pool does neither. It is the best there is, but
+once it exists ONNX Runtime refuses every session of the process that wants one of its own, so it is not a library's to
+impose: `share_threads` is for the application to call. Without it workers stop spinning when their session returns.
+Spinning wants free cores: on a machine that is shared take `threads=1`.
 
 Memory: every session would keep an arena of its own, as large as its largest batch, and a plan of it for every number
 of rows it ever saw. Stages run one after the other, so all sessions of the process share one arena, and make no plans.
-Measured on a six-layer BERT in 7 stages, batch 32, peak over the interpreter's: own arenas 531 MiB, shared 329, shared
-and without plans 290; times within 2 % of each other.
 
 Fusion: an addition and the LayerNormalization behind it are left as they are on the CPU. ONNX Runtime 1.32 makes one
 operator of them where it knows their shapes, which it does in stages and often not in the whole model; the one takes
-longer than the two and rounds otherwise. Measured on a six-layer BERT in 6 stages, all of its time, batch 1 / 2 / 8:
-fused 1.05 / 1.05 / 1.02 of the time unfused, which answers as the whole model does to the bit. So are a bias and
-its GELU: their one operator fills a second buffer, and takes up to 2.6 times as long in one opening of a session as in
-another. Same model, batch 1 / 2 / 8: stages fused 1.04 / 1.07 / 1.05 of the time unfused, the whole model 1.03 / 1.03 /
-1.00. Plain backbones that artifacts are measured against run in sessions of the same kind.
+longer than the two and rounds otherwise. So are a bias and its GELU: their one operator fills a second buffer, and took
+up to 2.6 times as long in one opening of a session as in another, though not in those the table is of. Plain backbones
+that artifacts are measured against run in sessions of the same kind.
 
 Refused: no onnxruntime; threads or memory that cannot be had.
 """
