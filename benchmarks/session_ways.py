@@ -9,11 +9,12 @@ what they took and the memory at the peak so far, above what there was before an
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +23,8 @@ import numpy as np
 
 from offramp.runtime import process, share_threads
 from offramp.runtime.engine import EngineSession
-from offramp.runtime.execution import ASK, PROBABILITIES, Stage
+from offramp.runtime.execution import PROBABILITIES, Stage
+from offramp.runtime.manifest import StageSpec
 
 PROVIDERS = ["CPUExecutionProvider"]
 WHOLE, SPECS, ROWS = "whole.onnx", "stages.json", "rows.npz"
@@ -80,15 +82,9 @@ def session_maker(way: Way, threads: int) -> Callable[[Path], EngineSession]:
 
 def stages_of(folder: Path, opened: Callable[[Path], EngineSession]) -> list[Stage]:
     """The stages in their order, none of whose heads is asked; the last, which has no other output, for its answer."""
-    stages = []
-    for spec in json.loads((folder / SPECS).read_text()):
-        session = opened(folder / spec["file"])
-        kept = [name for name in spec["outputs"] if name in spec["carries"]]
-        passes_on = [name for name in spec["carries"] if name not in kept]
-        reads = tuple(name for name in session.inputs if name != ASK)
-        kept = kept if spec["outputs"] else [PROBABILITIES]
-        stages.append(Stage(session, reads, ASK in session.inputs, kept, kept, passes_on))
-    return stages
+    specs = [StageSpec(**told) for told in json.loads((folder / SPECS).read_text())]
+    stages = [Stage.of(spec, opened(folder / spec.file)) for spec in specs]
+    return [*stages[:-1], replace(stages[-1], kept=[PROBABILITIES])]
 
 
 def through(stages: Sequence[Stage], batch: Batch) -> None:
@@ -110,16 +106,12 @@ def main() -> None:
     rows: Batch = dict(np.load(folder / ROWS))
     before = peak()
     opened = session_maker(way, threads)
-    stages, whole = stages_of(folder, opened), None
+    runs: dict[bool, Callable[[Batch], object]] = {False: functools.partial(through, stages_of(folder, opened))}
     for line in sys.stdin:
         asked = json.loads(line)
-        if asked["whole"] and whole is None:
-            whole = opened(folder / WHOLE)
-        one: EngineSession | None = whole if asked["whole"] else None
-
-        def run(batch: Batch, one: EngineSession | None = one) -> None:
-            through(stages, batch) if one is None else one.run([PROBABILITIES], batch)
-
+        if asked["whole"] not in runs:  # opened late: the first peak is told of the stages alone
+            runs[True] = functools.partial(opened(folder / WHOLE).run, [PROBABILITIES])
+        run = runs[asked["whole"]]
         work = [{name: values[picked] for name, values in rows.items()} for picked in asked["batches"]]
         run({name: values[:WARM_ROWS] for name, values in work[0].items()})
         start = time.perf_counter()

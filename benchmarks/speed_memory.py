@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from benchmarks.speed_tables import MEMORY_BATCH
+from benchmarks.tasks import save_rows
 from offramp.compiler import Ready
 from offramp.compiler.emit import WHOLE
 from offramp.runtime.artifact import Artifact
@@ -54,7 +55,7 @@ def memory(ready: Ready, artifact: Artifact, threads: int) -> dict[str, float]:
         rows = Path(folder) / "rows.npz"
         files["plain"].write_bytes(ready.plain.proto)
         onnx.save_model(onnx.load(artifact.path / WHOLE), files["beside"], save_as_external_data=True)
-        np.savez(rows, **ready.rows.take(picked))  # type: ignore[arg-type]  # numpy's stub takes a flag among the names
+        save_rows(rows, ready.rows.take(picked))
         for form in [name for name in told if name != "base"] * MEMORY_RUNS:
             given = map(str, (form, files.get(form, artifact.path), rows, threads, MEMORY_BATCH))
             said = subprocess.run([sys.executable, "-c", MEMORY, *given], check=True, stdout=subprocess.PIPE, text=True)

@@ -51,7 +51,7 @@ def timed(
         limits["none_leaves"] = "beyond_heads", _beyond_heads(of)
     for name, (key, values) in limits.items():
         variants[name] |= {**_spread(key, values), f"{key}_error": error(values)}
-    return {"batch": batch, "calls": calls, "rounds": len(told), "variants": variants}
+    return {"batch": batch, "calls": calls, "rounds": len(told), "rest": REST, "variants": variants}
 
 
 def _calls(plain: Variant, some: Sequence[Batch]) -> int:

@@ -16,6 +16,7 @@ import csv
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,11 @@ def sst2(seed: int) -> Task:
         "sst2", model, ArrayRows(arrays, labels), labels, known[500:], known[:500], fresh[: len(fresh) - score],
         fresh[len(fresh) - score :],
     )  # fmt: skip
+
+
+def save_rows(file: Path, rows: Mapping[str, np.ndarray]) -> None:
+    """Arrays by their names, in an `.npz` file."""
+    np.savez(file, **rows)  # type: ignore[arg-type]  # numpy's stub takes a flag among the names
 
 
 def unpadded(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

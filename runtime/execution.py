@@ -133,6 +133,14 @@ class Stage:
     fetched: list[str]  # kept, then probabilities and confidence
     passes_on: list[str]  # what later stages read and this one does not make
 
+    @staticmethod
+    def of(spec: StageSpec, session: EngineSession) -> Stage:
+        """The stage that a session runs, as the manifest says of it."""
+        kept = [name for name in spec.outputs if name in spec.carries]
+        passes_on = [name for name in spec.carries if name not in kept]
+        reads = tuple(name for name in session.inputs if name != ASK)
+        return Stage(session, reads, ASK in session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on)
+
     def ask(self, live: Arrays) -> list[np.ndarray]:
         """Run it -> the values kept, probabilities, confidence."""
         feed = {name: live[name] for name in self.inputs}
@@ -303,10 +311,7 @@ def stage_of(manifest: Manifest, index: int, session: EngineSession) -> Stage:
     spec = manifest.stages[index]
     known = {*manifest.stages[index - 1].carries} if index else {value.name for value in manifest.inputs}
     _check_stage(spec, session, known)
-    kept = [name for name in spec.outputs if name in spec.carries]
-    passes_on = [name for name in spec.carries if name not in kept]
-    reads = tuple(name for name in session.inputs if name != ASK)
-    return Stage(session, reads, ASK in session.inputs, kept, [*kept, PROBABILITIES, CONFIDENCE], passes_on)
+    return Stage.of(spec, session)
 
 
 def staying(confidence: np.ndarray, limit: float | np.ndarray) -> np.ndarray | None:

@@ -13,6 +13,7 @@ Spinning wants free cores: on a machine that is shared take `threads=1`.
 
 Memory: every session would keep an arena of its own, as large as its largest batch, and a plan of it for every number
 of rows it ever saw. Stages run one after the other, so all sessions of the process share one arena, and make no plans.
+(The table's batches have one size each, so that plans cost nothing there.)
 
 Fusion: an addition and the LayerNormalization behind it are left as they are on the CPU. ONNX Runtime 1.32 makes one
 operator of them where it knows their shapes, which it does in stages and often not in the whole model; the one takes
