@@ -6,6 +6,9 @@
     left over   a head learns from the rows only that the heads before it are less than 95 % sure about
     close       rows weigh more the closer the head's own decision on them is
     softened    targets and answers at temperature 2 (Hinton et al. 2015)
+    in halves   every batch is learned from in two steps
+    hinted      a head also learns to tell the backbone's last features, as the compiler has it (Romero et al. 2015)
+    both        hinted, in halves
 
 All learn at the same few places, from the same batches of one stream, from the same first weights. Exits are chosen and
 judged on ten random splits of rows no head has learned from; differences are taken split by split. A chained head
@@ -46,7 +49,8 @@ from offramp.runtime.process import usable_cores
 
 RESULTS = Path(__file__).parent / "results" / "variants.json"
 PLAIN = "plain"
-VARIANTS = (PLAIN, "chained", "left over", "close", "softened")
+HALVES, HINTED = ("in halves", "both"), ("hinted", "both")
+VARIANTS = (PLAIN, "chained", "left over", "close", "softened", "in halves", "hinted", "both")
 PLACES = 6
 SURE = 0.95
 ASKED = (("certified", 0.01), ("certified", 0.02), ("joint", 0.005), ("joint", 0.01), ("joint", 0.02))
@@ -77,20 +81,26 @@ class Heads:
     def answers(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Logits of every head, [B, K] each; a head is shown what the one before it said, without its gradient."""
         found: list[torch.Tensor] = []
-        for learner, value in zip(self.learners, values, strict=True):
+        for learner, value in zip(self.learners, values, strict=False):  # behind them come the backbone's features
             before = (found[-1].detach() if found else None,) if self.variant == "chained" else ()
             found.append(learner.module(value, *before))
         return found
 
     def learn(self, observed: Observed) -> None:
-        """One step of every head."""
-        target, left = observed.target, torch.ones(len(observed.target))
+        """One step of every head, or one for each half of the batch."""
+        parts = 2 if self.variant in HALVES else 1
+        halves = zip(*(value.chunk(parts) for value in observed.values), strict=True)
+        for target, (*values, features) in zip(observed.target.chunk(parts), halves, strict=True):
+            self._step(target, values, features)
+
+    def _step(self, target: torch.Tensor, values: Sequence[torch.Tensor], features: torch.Tensor) -> None:
+        left = torch.ones(len(target))
         if self.variant == "softened":
             target = softened(target, 2.0)
         for learner in self.learners:
             learner.optimiser.zero_grad(set_to_none=True)
         losses = []
-        for logits in self.answers(observed.values):
+        for learner, logits in zip(self.learners, self.answers(values), strict=True):
             sure = logits.detach().softmax(1)
             weight = left
             if self.variant == "close":
@@ -99,6 +109,8 @@ class Heads:
             scale = 2.0 if self.variant == "softened" else 1.0
             loss = (weight * divergence(target, logits / scale)).sum() / weight.sum().clamp_min(1.0)
             losses.append(scale**2 * loss)
+            if learner.hint is not None:
+                losses.append(learner.weight * learner.hint.loss(features))
             if self.variant == "left over":
                 left = left * (sure.amax(1) < SURE)
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
@@ -112,7 +124,7 @@ def trained(task: Task, ready: Ready, options: Options) -> list[Heads]:
     backbone, training, seed = ready.backbone, options.training, options.seed
     name, augment = find_augmentation(training.augment, backbone.inputs)
     log(f"{len(VARIANTS)} variants at {len(ready.candidates)} places, seed {seed}, augmentation {name}")
-    stream = Stream(backbone, ready.candidates, ready.rows, training.batch, augment, seed)
+    stream = Stream(backbone, ready.candidates, ready.rows, training.batch, augment, seed, hints=True)
     configs: dict[str, HeadConfig] = default_heads(backbone, ready.candidates)
     steps = len(stream.shuffled(task.learn, 0)) * training.epochs
     every = []
@@ -122,7 +134,8 @@ def trained(task: Task, ready: Ready, options: Options) -> list[Heads]:
             shape = row_shape(backbone, place.name)
             head = fresh_head(configs[place.name], shape, backbone.classes, mix(seed, index))
             head = Chained(head, backbone.classes) if variant == "chained" else head
-            learners.append(Learner(head, steps, training.learning_rate, training))
+            more, features = 2 if variant in HALVES else 1, stream.features if variant in HINTED else 0
+            learners.append(Learner(head, steps * more, training.learning_rate, training, features))
         every.append(Heads(variant, learners))
     for epoch in range(training.epochs):
         _train(every, True)

@@ -1,8 +1,9 @@
 """Distillation: every candidate's head learns to answer as the backbone does, without a label.
 
 Each batch goes through the frozen backbone once, and the heads of all candidates learn from the values it passes
-(see `stream`). The loss is KL(backbone || head) on the backbone's probabilities; of all epochs each head keeps the
-weights with the least loss on rows it does not learn from, and stops once that has not fallen for a while.
+(see `stream`). The loss is KL(backbone || head) on the backbone's probabilities, and beside it the error in telling its
+last features (see `hint`); of all epochs each head keeps the weights with the least KL on rows it does not learn from,
+and stops once that has not fallen for a while.
 
 Training interrupted after an epoch goes on from its checkpoint to the very same weights.
 """
@@ -81,7 +82,8 @@ def distil(
     """
     name, augment = find_augmentation(training.augment, backbone.inputs)
     report(f"distilling {len(candidates)} heads on {len(learn)} rows, {training.epochs} epochs, augmentation {name}")
-    stream = Stream(backbone, candidates, data, training.batch, augment, seed, training.device)
+    hints = training.hint > 0
+    stream = Stream(backbone, candidates, data, training.batch, augment, seed, training.device, hints)
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offramp-")))
@@ -121,7 +123,7 @@ class _Trainer:
         self.learners = [
             Learner(
                 fresh_head(configs[c.name], row_shape(backbone, c.name), backbone.classes, mix(stream.seed, index)),
-                self.batches * training.epochs, rates.get(c.name, training.learning_rate), training,
+                self.batches * training.epochs, rates.get(c.name, training.learning_rate), training, stream.features,
             )
             for index, c in enumerate(candidates)
         ]  # fmt: skip
@@ -139,7 +141,7 @@ class _Trainer:
             what = f"distil epoch {epoch + 1}/{self.training.epochs}, {len(live)} heads"
             for observed in bar(self._observed(epoch), what, self.batches):
                 for index, learner in live.items():
-                    learner.learn(observed.target, observed.values[index])
+                    learner.learn(observed.target, observed.values[index], observed.hint)
                 observed.values.clear()
 
     def _observed(self, epoch: int) -> Iterator[Observed]:

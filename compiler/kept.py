@@ -11,6 +11,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +65,9 @@ class Kept:
             yield self._read("rows", torch.from_numpy(np.searchsorted(rows, piece)))
 
     def _read(self, name: str, rows: slice | torch.Tensor) -> Observed:
-        observed = self._tables[name].read(rows)
         device = self.stream.device
-        return Observed(observed.target.to(device), [value.to(device) for value in observed.values])
+        target, values = self._tables[name].read(rows)
+        return Observed(target.to(device), [value.to(device) for value in values], self.stream.features > 0)
 
     def _is_full(self, name: str) -> bool:
         return name in self._tables and self._tables[name].full
@@ -110,7 +111,7 @@ class Kept:
 
 
 class _Table:
-    """Rows of every candidate's values, each candidate's in a memory-mapped file, with the backbone's answers."""
+    """Rows of all values, each candidate's in a memory-mapped file, with the backbone's answers."""
 
     def __init__(self, path: Path, rows: int, shapes: Sequence[tuple[int, ...]], size: int) -> None:
         self.bytes = size
@@ -139,9 +140,10 @@ class _Table:
             self._targets = [torch.cat(self._targets)]
         return True
 
-    def read(self, rows: slice | torch.Tensor) -> Observed:
+    def read(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Targets and values."""
         parts = zip(self._parts, self._shapes, strict=True)
-        return Observed(self._targets[0][rows], [_shaped(part[rows], shape) for part, shape in parts])
+        return self._targets[0][rows], [_shaped(part[rows], shape) for part, shape in parts]
 
     def remove(self) -> None:
         for file in self._files:
@@ -160,7 +162,7 @@ def _rounded(observed: Observed) -> Observed:
     values = []
     while observed.values:  # one after the other, so that not all are there twice
         values.append(observed.values.pop(0).to(KEPT).float())
-    return Observed(observed.target, values)
+    return replace(observed, values=values)
 
 
 def _shaped(part: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

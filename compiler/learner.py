@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from offramp.runtime.errors import UsageError
 
+from .hint import Hint, last_dense
 from .stream import LAYOUT, lay_out
 from .training import Training
 
@@ -27,12 +28,18 @@ class Learner:
     as the training waits for it is `stopped`.
     """
 
-    def __init__(self, module: nn.Module, steps: int, learning_rate: float, training: Training) -> None:
+    def __init__(
+        self, module: nn.Module, steps: int, learning_rate: float, training: Training, features: int = 0
+    ) -> None:
+        """`features`: how many of the backbone's come with every batch as a hint; 0 for none."""
         lay_out(module, LAYOUT)
         self.module = module.to(training.device)
+        last = last_dense(self.module) if features and training.hint else None
+        self.hint, self.weight = None if last is None else Hint(self.module, last, features), training.hint
         self.kind, self.soften, self.waits = torch.device(training.device).type, training.soften, training.waits
         self.steps = max(1, steps)
-        self.optimiser = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=training.weight_decay)
+        learned = [*module.parameters(), *(self.hint.parameters() if self.hint else ())]
+        self.optimiser = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=training.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
         self.loss = math.inf  # KL in nats, the least so far
         self.waited = 0  # judgements since then
@@ -45,15 +52,18 @@ class Learner:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, self.steps - warm))))
 
-    def learn(self, target: torch.Tensor, value: torch.Tensor) -> None:
-        """One step on one batch."""
+    def learn(self, target: torch.Tensor, value: torch.Tensor, features: torch.Tensor | None = None) -> None:
+        """One step on one batch; `features` [B, D] are the backbone's, where it hints."""
         self.optimiser.zero_grad(set_to_none=True)
         with torch.autocast(self.kind, HALVED.get(self.kind), enabled=self.kind in HALVED):
             logits = self.module(value)
         logits, scale = logits.float(), self.soften**2  # the square keeps gradients as large as they were
         if self.soften != 1:
             target, logits = softened(target, self.soften), logits / self.soften
-        (scale * divergence(target, logits).mean()).backward()  # type: ignore[no-untyped-call]
+        loss = scale * divergence(target, logits).mean()
+        if self.hint is not None and features is not None:
+            loss = loss + self.weight * self.hint.loss(features)
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         self.schedule.step()
 
@@ -71,6 +81,8 @@ class Learner:
     def finished(self) -> nn.Module:
         """The head with its best weights, frozen, in evaluation mode."""
         self.module.load_state_dict(self._best)
+        if self.hint is not None:
+            self.hint.forget()
         lay_out(self.module, torch.contiguous_format)
         return self.module.cpu().eval().requires_grad_(False)
 
@@ -86,6 +98,7 @@ class Learner:
             "best": self._best,
             "loss": self.loss,
             "waited": self.waited,
+            "hint": None if self.hint is None else self.hint.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -93,6 +106,8 @@ class Learner:
         try:
             self.module.load_state_dict(state["module"])
             self.optimiser.load_state_dict(state["optimiser"])
+            if self.hint is not None:
+                self.hint.restore(state["hint"])
         except (RuntimeError, ValueError) as error:
             raise UsageError(
                 "the checkpoint to go on from holds heads that are built otherwise today; remove its folder, which "

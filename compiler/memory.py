@@ -20,6 +20,8 @@ from offramp.runtime.errors import UsageError
 from offramp.runtime.process import hand_back
 
 from .heads import build_head, default_head
+from .hint import last_dense
+from .stream import hinted
 
 _FLOAT = 4
 _COPIES = 5  # weights, gradient, two moments, best weights
@@ -38,10 +40,10 @@ def groups(
     if budget is None:
         return [tuple(candidates)]
     found: list[list[Candidate]] = []
-    passing = _passing(backbone, batch)
+    passing, (_, features) = _passing(backbone, batch), hinted(backbone)
     held = step = 0
     for candidate in candidates:
-        value, state = _needed(backbone, candidate, batch, heads)
+        value, state = _needed(backbone, candidate, batch, heads, features)
         alone = passing + value * _STEP + value + state
         if alone > budget:
             raise UsageError(
@@ -63,12 +65,14 @@ def give_back() -> None:
     hand_back()
 
 
-def _needed(backbone: Backbone, candidate: Candidate, batch: int, heads: int) -> tuple[int, int]:
-    """Bytes of one batch's value, and of the heads."""
+def _needed(backbone: Backbone, candidate: Candidate, batch: int, heads: int, features: int) -> tuple[int, int]:
+    """Bytes of one batch's value, and of the heads with what tells `features` of the backbone from them."""
     shape = row_shape(backbone, candidate.name)
     config = default_head(shape, backbone.classes, candidate.flops_before + candidate.flops_after)
     with torch.device("meta"):  # nothing is allocated, and nobody's random numbers move
-        size = sum(p.numel() for p in build_head(config, shape, backbone.classes).parameters())
+        head = build_head(config, shape, backbone.classes)
+    last = last_dense(head)
+    size = sum(p.numel() for p in head.parameters()) + (0 if last is None else features * (last.in_features + 1))
     value, state = batch * int(np.prod(shape)) * _FLOAT, heads * size * _FLOAT * _COPIES
     return round(value * _ON_TOP), round(state * _ON_TOP)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from offramp.passes import Backbone, Candidate, probabilities
+from offramp.passes import Backbone, Candidate, last_features, probabilities, row_shape
 from offramp.passes.taps import tap
 from offramp.runtime.data import Rows
 from offramp.runtime.errors import ModelError
@@ -27,6 +27,7 @@ from .augment import Augment, apply, identity
 from .capture import bind
 
 CPU = "cpu"
+FEATURES = 512  # of the backbone's last, that heads are told at most
 LAYOUT: torch.memory_format = torch.channels_last  # convolutions on CPU run a quarter faster on it
 
 
@@ -39,7 +40,13 @@ class Observed:
     """
 
     target: torch.Tensor  # [B, K] the backbone's probabilities
-    values: list[torch.Tensor]  # [B, ...] float32, one per candidate
+    values: list[torch.Tensor]  # [B, ...] float32, one per candidate, and of a stream that hints one more
+    hints: bool = False
+
+    @property
+    def hint(self) -> torch.Tensor | None:
+        """[B, D] the backbone's last features, of a stream that hints."""
+        return self.values[-1] if self.hints else None
 
 
 def _pieces(rows: int, batch: int) -> int:
@@ -52,7 +59,7 @@ def largest_batch(rows: np.ndarray, batch: int) -> int:
 
 
 class Stream:
-    """Batches of rows with the backbone's answers and the values of some candidates."""
+    """Batches of rows with the backbone's answers, the values of some candidates and, if asked, its last features."""
 
     def __init__(
         self,
@@ -63,12 +70,14 @@ class Stream:
         augment: Augment,
         seed: int,
         device: str = CPU,
+        hints: bool = False,
     ) -> None:
         """`device` is where the backbone runs and what is observed lies."""
         self.backbone, self.candidates, self.data = backbone, tuple(candidates), data
         self.batch, self.augment, self.seed, self.device = batch, augment, seed, device
+        last, self.features = hinted(backbone) if hints else (None, 0)
         # A copy: channels-last leaves the backbone's own parameters alone.
-        self._taps = copy.deepcopy(tap(backbone, [c.name for c in candidates]))
+        self._taps = copy.deepcopy(tap(backbone, [*(c.name for c in candidates), *([last] if last else ())]))
         lay_out(self._taps, LAYOUT)
         self._taps.to(device)
 
@@ -102,7 +111,24 @@ class Stream:
             scores, *values = self._taps(*(x.to(self.device) for x in laid_out))
             target = probabilities(scores, self.backbone.scores, 1.0)
             check_finite(target, rows, self.backbone.name)
-            return Observed(target, list(values))
+            if self.features:
+                values[-1] = hint(values[-1])
+            return Observed(target, values, self.features > 0)
+
+
+def hint(value: torch.Tensor) -> torch.Tensor:
+    """[B, D], [B, T, D] or [B, C, H, W] -> means over tokens or the map, [B, D]; of many features some."""
+    means = value.mean((2, 3)) if value.dim() == 4 else value.mean(1) if value.dim() == 3 else value
+    return means[:, :: -(-means.shape[1] // FEATURES)]
+
+
+def hinted(backbone: Backbone) -> tuple[str | None, int]:
+    """Which value of the backbone hints are made of, and how many features they have; None and 0 where none can be."""
+    name = last_features(backbone)
+    if name is None:
+        return None, 0
+    with torch.device("meta"):
+        return name, hint(torch.empty(1, *row_shape(backbone, name))).shape[1]
 
 
 def check_finite(target: torch.Tensor, rows: np.ndarray, name: str) -> None:

@@ -23,6 +23,7 @@ class Training:
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
     soften: float = 1.0  # temperature of targets and answers in the loss (Hinton et al. 2015)
+    hint: float = 10.0  # weight of the error in telling the backbone's last features (Romero et al. 2015); 0: none
     augment: str | Augment | None = None  # a name from AUGMENTATIONS or a function; None: by the kind of input
     device: str = CPU  # to train on, whatever is served on
     kept_bytes: int = 2 << 30  # of the backbone's values on disk, for rows that are read again
@@ -39,6 +40,8 @@ class Training:
             )
         if not 1 <= self.soften < math.inf:
             raise UsageError(f"targets softened by {self.soften}; give a temperature of 1, for none, or more")
+        if not 0 <= self.hint < math.inf:
+            raise UsageError(f"hints of weight {self.hint}; give 0, for none, or more")
         if self.kept_bytes < 0:
             raise UsageError(f"{self.kept_bytes} bytes of kept values; give 0 or more")
         check_device(self.device)

@@ -13,6 +13,7 @@ from .backbone import Backbone, Input, probabilities, row_shape
 from .candidates import FILTERS, Candidate, Candidates, Filter, Limits, Refusal, find_candidates
 from .contract import Observer, Pass, PassResult, observed
 from .cuts import Cut, ValueGraph, analyse
+from .features import last_features
 from .flops import module_flops, node_flops
 from .folding import FoldWeights
 from .masks import SpreadMasks
@@ -60,6 +61,7 @@ __all__ = [
     "find_candidates",
     "gather",
     "graph_text",
+    "last_features",
     "module_flops",
     "node_flops",
     "normalise",

@@ -19,7 +19,6 @@ import functools
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import stat
 import zipfile
@@ -32,7 +31,7 @@ from typing import IO, Any, TypeVar
 from .engine import ModelBytes
 from .errors import ArtifactError, StorageError, UsageError
 from .manifest import MANIFEST_NAME, FileSpec, Manifest, dump_manifest, parse_manifest
-from .paths import folder_at
+from .paths import beside, folder_at
 from .renaming import exchange
 
 EXTERNAL = ".data"  # behind a model's name: the file of weights too large for the model's own
@@ -105,16 +104,14 @@ def write_artifact(out: str | os.PathLike[str], manifest: Manifest, files: Mappi
     """Write a directory artifact at `out`, replacing an artifact that stands there once all is written.
 
     On Linux the old and the new one change places at once. Elsewhere, and on file systems that cannot, the old one is
-    moved aside first: killed between the two, this process leaves it beside `out`, as `.NAME.*.old`.
+    moved aside first: killed between the two, this process leaves it beside `out`, as `.offramp-*.old`.
     """
     if {name: file_spec(data) for name, data in files.items()} != manifest.all_files():
         raise ValueError("the manifest's files are not the files given")
     target = Path(os.path.realpath(out))
     if not target.name:
         raise UsageError(f"{out}: has no name that an artifact could take; choose a folder in it")
-    token = secrets.token_hex(4)
-    draft = target.with_name(f".{target.name}.{token}.tmp")
-    retired = target.with_name(f".{target.name}.{token}.old")
+    draft, retired = beside(target), beside(target, "old")
     try:
         check_output(target)
         target.parent.mkdir(parents=True, exist_ok=True)

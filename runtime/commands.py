@@ -11,7 +11,6 @@ import contextlib
 import os
 import platform
 import re
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from .artifact import Artifact, open_artifact
 from .data import Rows, batches, open_data
 from .errors import StorageError, UsageError
 from .manifest import Manifest, dump_manifest
-from .paths import folder_at
+from .paths import beside, folder_at
 from .session import Session, load
 from .table import human, percent, render
 from .trace import read_passes, summary, write_passes
@@ -70,7 +69,7 @@ def write_arrays(out: Path, arrays: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def arrays_at(out: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """The same in two steps: that nothing can be written there is said before the arrays are worked out."""
-    draft = out.with_name(f".offramp-{secrets.token_hex(4)}.tmp")
+    draft = beside(out)
 
     def write(arrays: Mapping[str, Any]) -> None:
         with _stored(out):

@@ -14,7 +14,6 @@ import difflib
 import io
 import json
 import re
-import secrets
 import shutil
 import zipfile
 import zlib
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from .artifact import Artifact
 from .errors import ArtifactError, StorageError, UsageError
-from .paths import folder_at
+from .paths import beside, folder_at
 
 PASSES_FILE = "passes.zip"
 LIMIT = 256 << 20  # bytes of text; a large model's passes take a few megabytes
@@ -81,7 +80,7 @@ def write_passes(records: Sequence[PassRecord], folder: Path) -> None:
     """The texts and the differences between neighbours, in a new or empty folder; whole or not at all."""
     there = folder_at(folder)
     target = folder.absolute()
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    draft = beside(target)
     try:
         if there is False or (there and any(folder.iterdir())):
             raise UsageError(f"{folder}: exists and is not an empty folder; choose another or remove it")

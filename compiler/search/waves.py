@@ -121,7 +121,8 @@ def search_heads(
     and, while the search runs, kept values. Same arguments, same heads, interrupted or not.
     """
     _, augment = find_augmentation(training.augment, backbone.inputs)
-    stream = Stream(backbone, candidates, data, training.batch, augment, seed, training.device)
+    hints = training.hint > 0
+    stream = Stream(backbone, candidates, data, training.batch, augment, seed, training.device, hints)
     return _Searcher(stream, learn, select, tolerance, search, training, folder, report).run()
 
 
@@ -234,7 +235,7 @@ class _Searcher:
         training, steps = self.training, self.batches * self.search.epochs
         rate = learning_rate(proposal, training.learning_rate)
         module = fresh_head(config, place.shape, place.classes, mix(mix(self.seed, place.index), number))
-        learner = Learner(module, steps, rate, training)
+        learner = Learner(module, steps, rate, training, self.stream.features)
         after = place.candidate.flops_after / place.total if place.total else 0.0
         return Trial(place.index, config, rate, proposal, learner, after, place.price(config))
 
@@ -261,7 +262,7 @@ class _Searcher:
             torch.manual_seed(mix(self.seed, epoch + 3_000_003))
             for observed in bar(kept.epoch(self.learn, epoch), f"search {where}, {len(alive)} heads", self.batches):
                 for trial in alive:
-                    trial.learner.learn(observed.target, observed.values[trial.candidate])
+                    trial.learner.learn(observed.target, observed.values[trial.candidate], observed.hint)
                 observed.values.clear()
 
     def _finish(self, trials: Sequence[Trial]) -> None:

@@ -236,9 +236,9 @@ def test_a_head_stops_when_its_loss_no_longer_falls(
     learned: dict[int, int] = {}
     learn = Learner.learn
 
-    def counted(self: Learner, target: torch.Tensor, value: torch.Tensor) -> None:
+    def counted(self: Learner, *batch: torch.Tensor) -> None:
         learned[id(self)] = learned.get(id(self), 0) + 1
-        learn(self, target, value)
+        learn(self, *batch)
 
     monkeypatch.setattr(Learner, "learn", counted)
     rows = Interrupted(data.take(np.arange(300)))
@@ -400,6 +400,8 @@ def test_a_folder_that_cannot_be_made_is_found_before_training(
         ({"weight_decay": -1.0}, "weight decay -1.0"),
         ({"kept_bytes": -1}, "-1 bytes"),
         ({"soften": 0.5}, "softened by 0.5"),
+        ({"hint": -1.0}, "hints of weight -1.0"),
+        ({"hint": float("nan")}, "hints of weight nan"),
         ({"patience": 0}, "a patience of 0 epochs"),
         ({"device": "gpu"}, "device 'gpu' cannot be used here"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),

@@ -424,6 +424,13 @@ def test_an_artifact_is_replaced_where_names_cannot_be_exchanged(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_artifact_may_have_as_long_a_name_as_its_file_system_allows(tmp_path: Path) -> None:
+    out = tmp_path / ("a" * 255)
+    for _ in range(2):  # written, and replaced
+        assert write_tiny(out).path == out
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
 def test_a_failed_exchange_puts_the_old_artifact_back(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
