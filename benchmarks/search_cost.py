@@ -71,18 +71,20 @@ def alone(ready: Ready, found: Found, training: Training) -> float:
         candidate = ready.candidates[record["candidate"]]
         (place,) = places(ready.backbone, [candidate])
         _, augment = find_augmentation(training.augment, ready.backbone.inputs)
-        stream = Stream(ready.backbone, [candidate], ready.rows, training.batch, augment, ready.splits.seed)
+        seed, hints = ready.splits.seed, training.hint > 0
+        stream = Stream(ready.backbone, [candidate], ready.rows, training.batch, augment, seed, hints=hints)
         config = HeadConfig(record["family"], record["settings"])
         pieces = [stream.shuffled(ready.splits.distil, epoch) for epoch in range(SEARCH.epochs)]
         learner = Learner(
-            fresh_head(config, place.shape, place.classes, 0), len(pieces[0]) * SEARCH.epochs, record["rate"], training
+            fresh_head(config, place.shape, place.classes, 0), len(pieces[0]) * SEARCH.epochs, record["rate"], training,
+            stream.features,
         )  # fmt: skip
         after = candidate.flops_after / place.total
         trial = Trial(0, config, record["rate"], None, learner, after, place.price(config))
         for epoch in range(max(record["scores"])):
             learner.module.train()
             for observed in stream.augmented(pieces[epoch], epoch):
-                learner.learn(observed.target, observed.values[0])
+                learner.learn(observed.target, observed.values[0], observed.hint)
             if epoch + 1 in record["scores"]:
                 score([trial], stream.plain(ready.splits.select), TOLERANCE, epoch + 1)
     return time.perf_counter() - started
