@@ -1,7 +1,7 @@
 """Trained classifiers and real rows to compile them with, and which rows may touch what.
 
     resnet20, resnet56   CIFAR-10; heads learn from and are stopped on the half that defaults were picked on
-    resnet56_long        the same, searched heads trained for 90 epochs, in batches of 64
+    resnet56_long        the same, searched heads trained for 90 epochs, in batches of 64, by hints of 10
     resnet50             ImageNet weights on ten classes; heads learn from images most of which the backbone was
                          trained on
     sst2                 a six-layer BERT on SST-2's sentences; heads learn from the training set, which the backbone
@@ -62,9 +62,9 @@ def cifar(name: str, build: Callable[[], nn.Module], seed: int) -> Task:
 
 
 def resnet56_long(seed: int) -> Task:
-    """What the searched heads of ResNet-56 gain from more epochs and twice the steps in each."""
+    """What the searched heads of ResNet-56 gain from more epochs, twice the steps in each, and heavier hints."""
     task = cifar("resnet56", resnet56, seed)
-    training = {"epochs": 90, "batch": 64}
+    training = {"epochs": 90, "batch": 64, "hint": 10.0}
     return replace(task, name="resnet56_long", training=training, kinds=("searched",))
 
 

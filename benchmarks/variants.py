@@ -7,7 +7,7 @@
     close       rows weigh more the closer the head's own decision on them is
     softened    targets and answers at temperature 2 (Hinton et al. 2015)
     in halves   every batch is learned from in two steps
-    hinted      a head also learns to tell the backbone's last features, as the compiler has it (Romero et al. 2015)
+    hinted      a head also learns to tell the backbone's last features, with weight 10 (Romero et al. 2015)
     both        hinted, in halves
 
 All learn at the same few places, from the same batches of one stream, from the same first weights. Exits are chosen and
@@ -49,6 +49,7 @@ from offramp.runtime.process import usable_cores
 
 RESULTS = Path(__file__).parent / "results" / "variants.json"
 PLAIN = "plain"
+HINT = 10.0
 HALVES, HINTED = ("in halves", "both"), ("hinted", "both")
 VARIANTS = (PLAIN, "chained", "left over", "close", "softened", "in halves", "hinted", "both")
 PLACES = 6
@@ -226,7 +227,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     task = TASKS[args.task](0)
-    training = Training(epochs=args.epochs)
+    training = Training(epochs=args.epochs, hint=HINT)
     options = Options(training=training, threads=args.threads, max_candidates=PLACES)
     by_seed = [given(task, replace(options, seed=seed)) for seed in range(args.seeds)]
     rows = judged(by_seed, options, len(task.score))

@@ -23,7 +23,7 @@ class Training:
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
     soften: float = 1.0  # temperature of targets and answers in the loss (Hinton et al. 2015)
-    hint: float = 10.0  # weight of the error in telling the backbone's last features (Romero et al. 2015); 0: none
+    hint: float = 3.0  # weight of the error in telling the backbone's last features (Romero et al. 2015); 0: none
     augment: str | Augment | None = None  # a name from AUGMENTATIONS or a function; None: by the kind of input
     device: str = CPU  # to train on, whatever is served on
     kept_bytes: int = 2 << 30  # of the backbone's values on disk, for rows that are read again
