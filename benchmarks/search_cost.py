@@ -28,14 +28,12 @@ from matplotlib import pyplot as plt
 from benchmarks.tables import log, markdown, replace_block
 from benchmarks.tasks import TASKS, Task
 from offramp.compiler import Options, Ready, RowSplits, Training, prepare
-from offramp.compiler.augment import find_augmentation
 from offramp.compiler.distill import fresh_head
 from offramp.compiler.heads import HeadConfig
 from offramp.compiler.learner import Learner
 from offramp.compiler.measure import machine, versions
 from offramp.compiler.search import Found, Search, search_heads
 from offramp.compiler.search.trial import Trial, places, score
-from offramp.compiler.stream import Stream
 
 RESULTS = Path(__file__).parent / "results" / "search_cost.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "search-cost.svg"
@@ -70,9 +68,7 @@ def alone(ready: Ready, found: Found, training: Training) -> float:
     for record in found.trials:
         candidate = ready.candidates[record["candidate"]]
         (place,) = places(ready.backbone, [candidate])
-        _, augment = find_augmentation(training.augment, ready.backbone.inputs)
-        seed, hints = ready.splits.seed, training.hint > 0
-        stream = Stream(ready.backbone, [candidate], ready.rows, training.batch, augment, seed, hints=hints)
+        stream = training.stream(ready.backbone, [candidate], ready.rows, ready.splits.seed)
         config = HeadConfig(record["family"], record["settings"])
         pieces = [stream.shuffled(ready.splits.distil, epoch) for epoch in range(SEARCH.epochs)]
         learner = Learner(

@@ -111,7 +111,7 @@ class Heads:
             loss = (weight * divergence(target, logits / scale)).sum() / weight.sum().clamp_min(1.0)
             losses.append(scale**2 * loss)
             if learner.hint is not None:
-                losses.append(learner.weight * learner.hint.loss(features))
+                losses.append(learner.hint_weight * learner.hint.loss(features))
             if self.variant == "left over":
                 left = left * (sure.amax(1) < SURE)
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]

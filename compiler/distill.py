@@ -80,10 +80,9 @@ def distil(
     a later call with the same arguments goes on from it. Without one both live in a temporary folder. `report` gets
     one line per event a person should know of.
     """
-    name, augment = find_augmentation(training.augment, backbone.inputs)
+    name, _ = find_augmentation(training.augment, backbone.inputs)
     report(f"distilling {len(candidates)} heads on {len(learn)} rows, {training.epochs} epochs, augmentation {name}")
-    hints = training.hint > 0
-    stream = Stream(backbone, candidates, data, training.batch, augment, seed, training.device, hints)
+    stream = training.stream(backbone, candidates, data, seed)
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offramp-")))

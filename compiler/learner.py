@@ -35,7 +35,7 @@ class Learner:
         lay_out(module, LAYOUT)
         self.module = module.to(training.device)
         last = last_dense(self.module) if features and training.hint else None
-        self.hint, self.weight = None if last is None else Hint(self.module, last, features), training.hint
+        self.hint, self.hint_weight = None if last is None else Hint(self.module, last, features), training.hint
         self.kind, self.soften, self.waits = torch.device(training.device).type, training.soften, training.waits
         self.steps = max(1, steps)
         learned = [*module.parameters(), *(self.hint.parameters() if self.hint else ())]
@@ -62,7 +62,7 @@ class Learner:
             target, logits = softened(target, self.soften), logits / self.soften
         loss = scale * divergence(target, logits).mean()
         if self.hint is not None and features is not None:
-            loss = loss + self.weight * self.hint.loss(features)
+            loss = loss + self.hint_weight * self.hint.loss(features)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         self.schedule.step()

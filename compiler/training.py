@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from offramp.passes import Backbone, Candidate
+from offramp.runtime.data import Rows
 from offramp.runtime.errors import UsageError
 
 from .augment import Augment, find_augmentation
-from .stream import CPU
+from .stream import CPU, Stream
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class Training:
             find_augmentation(self.augment, ())
         elif self.augment is not None and not callable(self.augment):
             raise UsageError(f"augmentation {self.augment!r:.80} is neither a name nor a function; give one of them")
+
+    def stream(self, backbone: Backbone, candidates: Sequence[Candidate], data: Rows, seed: int) -> Stream:
+        """What heads of these candidates learn from: rows augmented, with hints unless they weigh nothing."""
+        _, augment = find_augmentation(self.augment, backbone.inputs)
+        return Stream(backbone, candidates, data, self.batch, augment, seed, self.device, self.hint > 0)
 
     @property
     def waits(self) -> int:

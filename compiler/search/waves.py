@@ -32,7 +32,6 @@ from offramp.runtime.data import Rows
 from offramp.runtime.errors import UsageError
 from offramp.runtime.selection import Costs, Records
 
-from ..augment import find_augmentation
 from ..checkpoint import load_state, make_folder, save_state
 from ..distill import fresh_head, job_fingerprint
 from ..heads import FAMILIES, HeadConfig, Space, search_space
@@ -120,9 +119,7 @@ def search_heads(
     `learn` are the row indices that heads learn from, `select` those that score them. In `folder` lie the checkpoint
     and, while the search runs, kept values. Same arguments, same heads, interrupted or not.
     """
-    _, augment = find_augmentation(training.augment, backbone.inputs)
-    hints = training.hint > 0
-    stream = Stream(backbone, candidates, data, training.batch, augment, seed, training.device, hints)
+    stream = training.stream(backbone, candidates, data, seed)
     return _Searcher(stream, learn, select, tolerance, search, training, folder, report).run()
 
 
